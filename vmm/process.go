@@ -1,0 +1,88 @@
+package vmm
+
+import (
+	"fmt"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+)
+
+// Command is the command that runs a VMM for m: as m's user with m's groups and no others, in a session of its own
+// (so that a ^C on the terminal does not reach it), with an environment that holds nothing, standard input
+// from /dev/null, the guest's console as standard output and stderr as standard error.
+// The uid is set before exec, since a VMM that forbids itself to change it cannot do so later.
+func Command(m *Machine, path string, args []string, stderr *Tail) *exec.Cmd {
+	groups := make([]uint32, 0, len(m.Groups))
+	for _, g := range m.Groups {
+		groups = append(groups, uint32(g))
+	}
+	cmd := exec.Command(path, args...)
+	cmd.Dir = "/"
+	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
+	if m.Console != nil {
+		cmd.Stdout = m.Console
+	}
+	cmd.Stderr = stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{
+		Setsid:     true,
+		Credential: &syscall.Credential{Uid: uint32(m.UID), Gid: uint32(m.GID), Groups: groups},
+	}
+	return cmd
+}
+
+// Start starts cmd as m wants its processes started.
+func (m *Machine) Start(cmd *exec.Cmd) error {
+	spawn := m.Spawn
+	if spawn == nil {
+		spawn = (*exec.Cmd).Start
+	}
+	if err := spawn(cmd); err != nil {
+		return fmt.Errorf("cannot start %s: %w", cmd.Path, err)
+	}
+	return nil
+}
+
+// tailSize is how much of a VMM's last words is kept: enough for a chain of errors, little for a terminal.
+const tailSize = 4096
+
+// Tail passes on what is written to it and keeps the end. A guest can make a VMM complain without end, so no
+// more than the end is ever kept, and a log that can't be written stops nothing.
+type Tail struct {
+	to interface{ Write([]byte) (int, error) }
+
+	mu  sync.Mutex
+	end []byte
+}
+
+// NewTail makes a Tail that passes on to m.Log, where there is one.
+func NewTail(m *Machine) *Tail {
+	t := &Tail{}
+	if m.Log != nil {
+		t.to = m.Log
+	}
+	return t
+}
+
+// Write never fails: a VMM whose standard error breaks would end by SIGPIPE.
+func (t *Tail) Write(p []byte) (int, error) {
+	t.mu.Lock()
+	t.end = append(t.end, p...)
+	if over := len(t.end) - tailSize; over > 0 {
+		t.end = append(t.end[:0], t.end[over:]...)
+	}
+	t.mu.Unlock()
+	if t.to != nil {
+		if _, err := t.to.Write(p); err != nil {
+			t.to = nil
+		}
+	}
+	return len(p), nil
+}
+
+// String is the end of what was written, without the space around it; of a line that was cut, what is left of it.
+func (t *Tail) String() string {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return strings.TrimSpace(string(t.end))
+}

@@ -1,0 +1,230 @@
+package kernel
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Boot is what a VMM loads.
+type Boot struct {
+	// Vmlinux is the kernel: the uncompressed one, or the bzImage where Packed says why.
+	Vmlinux string
+	// Initramfs is the base that WriteInitramfs adds the boot document to.
+	Initramfs string
+	// Packed is why the guest has to unpack its kernel itself, which takes seconds under emulation; "" as a rule.
+	Packed string
+}
+
+// formatVersion is part of every cached file's key; it changes whenever what is made of the same input does.
+const formatVersion = "1"
+
+// Names in the cache. A kernel's directory holds the vmlinux and, where it couldn't be unpacked, the reason.
+const (
+	cacheLock     = "lock"
+	vmlinuxFile   = "vmlinux"
+	packedFile    = "packed"
+	initramfsFile = "initramfs"
+	kernelPrefix  = "kernel-"
+	guestPrefix   = "initramfs-"
+	newPrefix     = ".new-"
+)
+
+// Prepare makes what a VMM loads out of a kernel and the guest's init: the extracted vmlinux, and an initramfs with
+// the modules that the kernel doesn't have built in. Both are kept in cacheDir by the content that they are made
+// of, so that it works once per kernel and init; files are 0644 and directories 0755, since the VMM's uid reads
+// them. Several may call it at once.
+func Prepare(ctx context.Context, k *Kernel, initBinary, cacheDir string) (*Boot, error) {
+	image, err := readImage(k.Image)
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %s: %w", k.Release, k.Image, err)
+	}
+	init, err := os.ReadFile(initBinary)
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: the guest's init: %w", k.Release, err)
+	}
+	t, err := openTree(k.Modules)
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
+	modules, err := t.resolve(needed, useful)
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
+
+	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
+	unlock, err := lockCache(ctx, cacheDir)
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
+	defer unlock()
+	kernelDir, err := cached(cacheDir, kernelPrefix+key(image), func(dir string) error { return writeKernel(dir, image) })
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
+	parts := [][]byte{init}
+	for _, m := range modules {
+		parts = append(parts, []byte(m.Name), m.Content)
+	}
+	guestDir, err := cached(cacheDir, guestPrefix+key(parts...), func(dir string) error {
+		base, err := baseInitramfs(init, modules)
+		if err != nil {
+			return err
+		}
+		return writeSynced(filepath.Join(dir, initramfsFile), base)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
+	packed, err := readOptional(filepath.Join(kernelDir, packedFile))
+	if err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
+	return &Boot{
+		Vmlinux:   filepath.Join(kernelDir, vmlinuxFile),
+		Initramfs: filepath.Join(guestDir, initramfsFile),
+		Packed:    string(packed),
+	}, nil
+}
+
+// writeKernel writes the extracted kernel; for one that can't be, the image and why.
+func writeKernel(dir string, image []byte) error {
+	kernel, err := vmlinux(image)
+	if errors.Is(err, errPacked) && !isELF(image) {
+		if err := writeSynced(filepath.Join(dir, packedFile), []byte(err.Error())); err != nil {
+			return err
+		}
+		kernel, err = image, nil
+	}
+	if err != nil {
+		return fmt.Errorf("its image is %w", err)
+	}
+	return writeSynced(filepath.Join(dir, vmlinuxFile), kernel)
+}
+
+// key is a hash of parts, each with its length before it, so that no two lists of parts have the same.
+func key(parts ...[]byte) string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%s\n", formatVersion)
+	for _, p := range parts {
+		fmt.Fprintf(h, "%d\n", len(p))
+		h.Write(p)
+	}
+	return hex.EncodeToString(h.Sum(nil)[:16])
+}
+
+// cached returns the directory of that name in the cache, made by build if it isn't there: under another name, which
+// it loses when all of it is written. The caller holds the lock.
+func cached(cacheDir, name string, build func(dir string) error) (string, error) {
+	dir := filepath.Join(cacheDir, name)
+	now := time.Now()
+	// The time says when it was used last, for Prune.
+	err := os.Chtimes(dir, now, now)
+	if err == nil {
+		return dir, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	temp, err := os.MkdirTemp(cacheDir, newPrefix)
+	if err != nil {
+		return "", err
+	}
+	err = os.Chmod(temp, 0o755)
+	if err == nil {
+		err = build(temp)
+	}
+	if err == nil {
+		err = os.Rename(temp, dir)
+	}
+	if err != nil {
+		return "", errors.Join(err, os.RemoveAll(temp))
+	}
+	return dir, nil
+}
+
+func writeSynced(path string, content []byte) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(content)
+	if err == nil {
+		err = f.Chmod(0o644) // whatever the umask
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	return errors.Join(err, f.Close())
+}
+
+// lockRetry is how often a lock that somebody holds is tried: who holds it works for a second or two.
+const lockRetry = 50 * time.Millisecond
+
+// lockCache takes the cache's lock; a process that ends leaves it.
+func lockCache(ctx context.Context, cacheDir string) (unlock func() error, err error) {
+	f, err := os.OpenFile(filepath.Join(cacheDir, cacheLock), os.O_CREATE|os.O_RDWR|unix.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f.Close, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return nil, errors.Join(fmt.Errorf("cannot lock %s: %w", f.Name(), err), f.Close())
+		}
+		select {
+		case <-ctx.Done():
+			return nil, errors.Join(fmt.Errorf("cannot lock %s: %w", f.Name(), ctx.Err()), f.Close())
+		case <-time.After(lockRetry):
+		}
+	}
+}
+
+// Prune removes from the cache what Prepare hasn't given out for as long as unused says, and what a killed Prepare
+// left. A VMM has read its files once its guest runs, so a few minutes are enough.
+func Prune(ctx context.Context, cacheDir string, unused time.Duration) (removed []string, err error) {
+	if !isDir(cacheDir) {
+		return nil, nil
+	}
+	unlock, err := lockCache(ctx, cacheDir)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	entries, err := os.ReadDir(cacheDir)
+	if err != nil {
+		return nil, fmt.Errorf("cannot list prepared kernels: %w", err)
+	}
+	limit := time.Now().Add(-unused)
+	for _, e := range entries {
+		left := strings.HasPrefix(e.Name(), newPrefix)
+		ours := strings.HasPrefix(e.Name(), kernelPrefix) || strings.HasPrefix(e.Name(), guestPrefix)
+		info, err := e.Info()
+		if err != nil {
+			return removed, fmt.Errorf("cannot list prepared kernels: %w", err)
+		}
+		if !left && (!ours || info.ModTime().After(limit)) {
+			continue
+		}
+		path := filepath.Join(cacheDir, e.Name())
+		if err := os.RemoveAll(path); err != nil {
+			return removed, fmt.Errorf("cannot remove a prepared kernel: %w", err)
+		}
+		removed = append(removed, path)
+	}
+	return removed, nil
+}

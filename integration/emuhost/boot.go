@@ -1,0 +1,226 @@
+package emuhost
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/clawvm/clawvm/integration/emuhost/wire"
+	"github.com/u-root/u-root/pkg/cpio"
+	"github.com/xtaci/smux"
+	"golang.org/x/sys/unix"
+)
+
+// cmdline is the server kernel's. The unit that runs tests' commands is started by multi-user.target; a getty on
+// the console would hang it up, and mitigations cost an emulated CPU most.
+const cmdline = "console=ttyS0 panic=-1 quiet mitigations=off net.ifnames=0 systemd.show_status=0 rw " +
+	"systemd.mask=serial-getty@ttyS0.service systemd.mask=getty@tty1.service systemd.unit=multi-user.target"
+
+// insideProgram is what runs in the host, built when the first host of a process is booted.
+const insideProgram = "github.com/clawvm/clawvm/integration/emuhost/inside"
+
+var initramfs = struct {
+	sync.Mutex
+	program []byte
+}{}
+
+// Boot starts an emulated server and returns when commands can be run in it: systemd has reached multi-user.target.
+// The server ends with Close or Kill, or with this process.
+func (b *Base) Boot(ctx context.Context, o Options) (*Host, error) {
+	if err := o.fill(); err != nil {
+		return nil, err
+	}
+	work, err := os.MkdirTemp("", "emuhost-")
+	if err != nil {
+		return nil, err
+	}
+	h, err := b.start(ctx, o, work)
+	if err != nil {
+		return nil, errors.Join(err, os.RemoveAll(work))
+	}
+	if err := h.connect(ctx, o); err != nil {
+		err = fmt.Errorf("the emulated host did not come up: %w; the end of its console:\n%s\nand QEMU said: %s", err, h.ConsoleTail(), h.stderr.String())
+		return nil, errors.Join(err, h.Kill())
+	}
+	return h, nil
+}
+
+func (b *Base) start(ctx context.Context, o Options, work string) (*Host, error) {
+	initrd := filepath.Join(work, "initrd")
+	if err := b.writeInitramfs(ctx, initrd); err != nil {
+		return nil, err
+	}
+	disk, snapshot := filepath.Join(b.dir, rootDisk), "on"
+	if o.Disk != "" {
+		disk, snapshot = o.Disk, "off"
+		if err := ensureCopy(ctx, o.Disk, filepath.Join(b.dir, rootDisk)); err != nil {
+			return nil, err
+		}
+	}
+	ours, theirs, err := socketpair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	conn, err := net.FileConn(ours)
+	if err = errors.Join(err, ours.Close()); err != nil {
+		return nil, err
+	}
+	h := &Host{work: work, conn: conn, stderr: &tail{limit: 4 << 10}, console: &tail{limit: 64 << 10, to: o.Console}, done: make(chan struct{})}
+	cmd := b.command(o, initrd, disk, snapshot)
+	cmd.Stdout = h.console
+	cmd.Stderr = h.stderr
+	cmd.ExtraFiles = []*os.File{theirs}
+	started := make(chan error)
+	// The parent-death signal comes when the thread that started the process ends, so this one stays.
+	go func() {
+		runtime.LockOSThread()
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			h.waited = cmd.Wait()
+			close(h.done)
+		}
+	}()
+	if err := <-started; err != nil {
+		return nil, errors.Join(fmt.Errorf("cannot start QEMU: %w", err), conn.Close())
+	}
+	h.process = cmd.Process
+	return h, nil
+}
+
+// command is QEMU with the root's own libraries and firmware.
+func (b *Base) command(o Options, initrd, disk, snapshot string) *exec.Cmd {
+	qemu := filepath.Join(b.dir, "qemu")
+	accel := []string{"-accel", "tcg,thread=multi"}
+	if o.InstructionClock {
+		accel = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on"}
+	}
+	args := append([]string{"--library-path", filepath.Join(qemu, "lib"), filepath.Join(qemu, "qemu-system-x86_64"),
+		"-L", filepath.Join(qemu, "firmware"), "-name", "emuhost", "-M", "q35", "-cpu", "EPYC,+svm",
+		"-smp", strconv.Itoa(o.VCPUs), "-m", strconv.Itoa(o.MemoryMB),
+		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-no-reboot", "-serial", "stdio",
+		"-kernel", filepath.Join(b.dir, "vmlinuz"), "-initrd", initrd, "-append", cmdline,
+		"-drive", "file=" + disk + ",format=raw,if=virtio,cache=unsafe,discard=unmap,snapshot=" + snapshot,
+		"-device", "virtio-rng-pci",
+		"-device", "virtio-serial-pci", "-chardev", "socket,id=control,fd=3",
+		"-device", "virtserialport,chardev=control,name=" + wire.PortName}, accel...)
+	cmd := exec.Command(filepath.Join(qemu, "lib", loader), args...)
+	cmd.Env = []string{"LANG=C", "PATH=/usr/bin:/bin", "TMPDIR=/var/tmp", "QEMU_MODULE_DIR=" + filepath.Join(qemu, "lib")}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	return cmd
+}
+
+// writeInitramfs writes the archive that holds the program that is init here and serves there, and the modules.
+func (b *Base) writeInitramfs(ctx context.Context, path string) (err error) {
+	program, err := buildInside(ctx)
+	if err != nil {
+		return err
+	}
+	records := []cpio.Record{cpio.Directory("modules", 0o755), cpio.StaticFile("init", string(program), 0o755)}
+	modules, err := os.ReadDir(filepath.Join(b.dir, "modules"))
+	if err != nil {
+		return err
+	}
+	for _, m := range modules {
+		content, err := os.ReadFile(filepath.Join(b.dir, "modules", m.Name()))
+		if err != nil {
+			return err
+		}
+		records = append(records, cpio.StaticFile("modules/"+m.Name(), string(content), 0o644))
+	}
+	var archive bytes.Buffer
+	w := cpio.Newc.Writer(&archive)
+	if err := cpio.WriteRecords(w, records); err != nil {
+		return fmt.Errorf("cannot write the initramfs: %w", err)
+	}
+	if err := cpio.WriteTrailer(w); err != nil {
+		return fmt.Errorf("cannot write the initramfs: %w", err)
+	}
+	return os.WriteFile(path, archive.Bytes(), 0o600)
+}
+
+// buildInside builds the program that runs in the host, once a process.
+func buildInside(ctx context.Context) ([]byte, error) {
+	initramfs.Lock()
+	defer initramfs.Unlock()
+	if initramfs.program != nil {
+		return initramfs.program, nil
+	}
+	dir, err := os.MkdirTemp("", "emuhost-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	out := filepath.Join(dir, "inside")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", out, insideProgram)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64", "GOFLAGS=")
+	if said, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("cannot build what runs in the emulated host: %w: %s", err, said)
+	}
+	initramfs.program, err = os.ReadFile(out)
+	return initramfs.program, err
+}
+
+// ensureCopy makes a sparse copy of the root unless there is one.
+func ensureCopy(ctx context.Context, to, from string) error {
+	if _, err := os.Stat(to); err == nil {
+		return nil
+	}
+	if out, err := run(ctx, "cp", "--sparse=always", "--reflink=auto", from, to+".part"); err != nil {
+		return fmt.Errorf("cannot copy the root: %w: %s", err, lastLines(out, 3))
+	}
+	return os.Rename(to+".part", to)
+}
+
+// connect waits for the host's hello and begins the session.
+func (h *Host) connect(ctx context.Context, o Options) error {
+	limit := BootLimit
+	if o.InstructionClock {
+		limit *= 10 // see Options.InstructionClock: it takes minutes where the other takes seconds
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() { h.conn.Close() })
+	hello := make([]byte, len(wire.Hello))
+	if _, err := io.ReadFull(h.conn, hello); err != nil {
+		if !stop() {
+			return fmt.Errorf("nothing in %s: %w", limit, ctx.Err())
+		}
+		return fmt.Errorf("QEMU hung up: %w", err)
+	}
+	if !stop() {
+		return ctx.Err()
+	}
+	if string(hello) != wire.Hello {
+		return fmt.Errorf("it said %q", hello)
+	}
+	session, err := smux.Client(h.conn, wire.Config())
+	h.session = session
+	return err
+}
+
+func socketpair() (ours, theirs *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot make a socket pair: %w", err)
+	}
+	return os.NewFile(uintptr(fds[0]), "test's end"), os.NewFile(uintptr(fds[1]), "QEMU's end"), nil
+}
+
+// shutdownLimit bounds an orderly poweroff; killLimit what a killed QEMU takes to end.
+const (
+	shutdownLimit = 45 * time.Second
+	killLimit     = 10 * time.Second
+)

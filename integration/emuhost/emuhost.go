@@ -1,0 +1,111 @@
+// Package emuhost boots a whole Debian 13 server under emulation for tests: systemd, a kernel of its own and a working
+// /dev/kvm, on a machine that may have no hardware virtualisation. QEMU emulates AMD's SVM, so that KVM
+// guests run inside. There is no network; what a test needs it copies in, and runs there as root.
+//
+// The server's root is made once a month by mmdebstrap and kept below CLAWVM_TEST_CACHE (/var/cache/clawvm-test). QEMU comes
+// out of that root too, with its libraries, since older ones (7.2, Debian 12's) crash new kernels under
+// emulation; nothing is installed on the machine.
+package emuhost
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"testing"
+	"time"
+)
+
+// ErrUnavailable is what Prepare's error is when this machine cannot make an emulated host: the test skips with it.
+var ErrUnavailable = errors.New("no emulated host here")
+
+// BootLimit bounds the time from QEMU's start until the host answers. Alone it takes 15 s on two cores; what else runs there
+// can make it several times that.
+const BootLimit = 4 * time.Minute
+
+// prepareLimit bounds the making of the root: a minute, and the download.
+const prepareLimit = 15 * time.Minute
+
+// Options describe the emulated server. The zero value is a server with 2 CPUs and 3 GiB.
+type Options struct {
+	Packages []string // Debian packages over DefaultPackages; each other set is a root of its own in the cache
+	VCPUs    int      // 0: 2
+	MemoryMB int      // 0: 3072
+
+	// Disk keeps what the server writes: a path, made as a copy of the root if it isn't there. Boot it again
+	// after Close or Kill, and it is as after a reboot or a power failure. "": everything is forgotten.
+	Disk string
+
+	// InstructionClock lets the server's clock run by its instructions, which keeps time limits inside true
+	// at the price of one CPU and about a minute for a second of it.
+	InstructionClock bool
+
+	Console io.Writer // gets the server's serial console; nil: only its end is kept, for messages
+}
+
+// DefaultPackages are what every root holds beside the essential ones: what clawvm may use on a server.
+var DefaultPackages = []string{
+	"ca-certificates", "curl", "dbus", "e2fsprogs", "iproute2", "iptables", "kmod", "linux-image-cloud-amd64",
+	"mmdebstrap", "nftables", "procps", "qemu-system-x86", "systemd", "systemd-sysv", "udev", "uidmap",
+	"util-linux", "virtiofsd", "zstd",
+}
+
+// Start boots a server for one test and shuts it down after it. It skips the test where there can be none, and
+// shows the end of the console when the test fails.
+func Start(t testing.TB, o Options) *Host {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), prepareLimit)
+	defer cancel()
+	base, err := Prepare(ctx, o.Packages)
+	if errors.Is(err, ErrUnavailable) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := base.Boot(ctx, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the end of the emulated host's console:\n%s", h.ConsoleTail())
+		}
+		if err := h.Close(); err != nil {
+			t.Errorf("cannot end the emulated host: %v", err)
+		}
+	})
+	return h
+}
+
+// Must is Run for a test: it fails the test when the command cannot be run or ends with another code than 0, and
+// returns its standard output.
+func (h *Host) Must(t testing.TB, argv ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), commandLimit)
+	defer cancel()
+	stdout, stderr, code, err := h.Run(ctx, argv...)
+	if err != nil || code != 0 {
+		t.Fatalf("in the emulated host: %q: code %d, %v\n%s%s", argv, code, err, stdout, stderr)
+	}
+	return stdout
+}
+
+// commandLimit bounds Must's commands.
+const commandLimit = 2 * time.Minute
+
+func (o *Options) fill() error {
+	if o.VCPUs == 0 {
+		o.VCPUs = 2
+	}
+	if o.MemoryMB == 0 {
+		o.MemoryMB = 3072
+	}
+	if o.InstructionClock {
+		o.VCPUs = 1 // QEMU counts the instructions of one thread only
+	}
+	if o.VCPUs < 0 || o.MemoryMB < 512 {
+		return fmt.Errorf("cannot emulate a host with %d CPUs and %d MiB", o.VCPUs, o.MemoryMB)
+	}
+	return nil
+}

@@ -1,0 +1,68 @@
+package config
+
+import (
+	"net/netip"
+	"time"
+)
+
+// What holds where nothing is declared.
+const (
+	DefaultVCPUs       = 4
+	DefaultMemory      = 2 << 30
+	DefaultOverlay     = 4 << 30
+	DefaultSecretMode  = 0o400
+	DefaultStopSignal  = "TERM"
+	DefaultStopTimeout = 30 * time.Second
+	DefaultUser        = "nobody" // no image needs a user of its own for it, and it isn't root
+	DefaultPort        = 18789    // the OpenClaw gateway's own default
+	DefaultTokenSecret = "gateway-token"
+	DefaultBridge      = "microbr"
+	// DefaultUIDBase lies above what useradd, systemd's containers (to 1878982656) and subordinate ids use, and below 2³¹, above which some tools fail.
+	DefaultUIDBase = 2000000000
+)
+
+// DefaultAddress is the bridge's address where none is declared.
+func DefaultAddress() netip.Prefix { return netip.MustParsePrefix("192.168.83.1/24") }
+
+// DefaultNameservers are the resolvers that a VM's queries go to where none are declared.
+func DefaultNameservers() []netip.Addr {
+	return []netip.Addr{netip.MustParseAddr("8.8.8.8"), netip.MustParseAddr("1.1.1.1")}
+}
+
+// Limits, each with its reason.
+const (
+	maxFile   = 1 << 20 // bytes; a declaration is some 1 KiB, its `config` may hold more
+	maxTokens = 10_000  // the YAML parser takes quadratic time: 50 ms for so many
+	maxDepth  = 64      // levels; the deepest of our own are 5
+	maxShown  = 50      // problems printed for one declaration
+
+	minMemory         = 128 << 20  // Debian's cloud kernel and the init do not come up with less
+	minMemoryOpenClaw = 1536 << 20 // with less the gateway is killed for want of memory at its first message
+	maxMemory         = 16 << 40
+	maxVCPUs          = 64
+	minDisk           = 16 << 20 // less than this leaves ext4 no room for its journal
+	maxDisk           = 64 << 40
+	sector            = 512 // what a disk's size is counted in
+	mebibyte          = 1 << 20
+	maxNameLength     = 32
+	maxVolumeName     = 16 // an ext4 label has 16 bytes, a virtio serial 20
+	maxMounts         = 20 // volumes and shares together: both VMMs have 32 PCI slots, some 10 are in use
+	maxPorts          = 64
+	maxSecrets        = 256
+	maxSecretName     = 64
+	minGenerate       = 16 // bytes: 128 bits
+	maxGenerate       = 1024
+	maxTAP            = 15 // IFNAMSIZ less its zero
+	maxHostname       = 64 // HOST_NAME_MAX
+	maxLabel          = 63 // RFC 1123
+	maxNameservers    = 8
+	minUIDBase        = 100_000 // below are the host's own users
+	maxTimeout        = time.Hour
+)
+
+func (vm *VM) fillDefaults() {
+	vm.VCPUs, vm.Memory, vm.VMM = DefaultVCPUs, DefaultMemory, VMMAuto
+	vm.Hostname, vm.Nameservers = vm.Name, DefaultNameservers()
+	vm.Overlay = Overlay{Size: DefaultOverlay}
+	vm.Egress.Mode, vm.Restart = EgressOpen, RestartOnFailure
+}

@@ -44,8 +44,11 @@ func baseInitramfs(init []byte, modules []module) ([]byte, error) {
 	records = append(records,
 		cpio.StaticFile(strings.TrimPrefix(ModulesList, "/"), list.String(), 0o644),
 		cpio.Directory("dev", 0o755),
-		// The kernel opens it for init before anything is mounted.
+		// The kernel opens it for init before anything is mounted. Where virtio_console is a module that fails, since hvc0 is
+		// not there yet: init has to open it again when it has loaded the modules.
 		cpio.CharDev("dev/console", 0o600, 5, 1),
+		// A Go program that is started without its three standard files opens this in their place, and exits with 2 if it can't.
+		cpio.CharDev("dev/null", 0o666, 1, 3),
 		cpio.Directory("proc", 0o755),
 		cpio.Directory("sys", 0o755),
 		cpio.Directory("run", 0o755),

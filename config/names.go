@@ -22,7 +22,7 @@ var (
 	hostnamePattern = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?(\.[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?)*$`)
 	variablePattern = regexp.MustCompile(`^[A-Za-z_][A-Za-z0-9_]*$`)
 	modelPattern    = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*(/[A-Za-z0-9@._:-]+)+$`)
-	providerPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,62}$`)
+	providerPattern = regexp.MustCompile(`^[a-z0-9][a-z0-9-]{0,53}$`) // with "provider-" the 64 of the gateway's own names
 	telegramPattern = regexp.MustCompile(`^[1-9][0-9]{0,19}$`)
 )
 

@@ -54,10 +54,10 @@ func runShort(ctx context.Context, cmd *exec.Cmd) (output string, err error) {
 	return out.text.String(), err
 }
 
-// tail returns the end of a program's output on one line, for a message, with
-// what isn't printable made harmless.
-func tail(output string) string {
-	const shown = 400
+// excerpt returns the beginning of a program's output on one line, for a
+// message, with what isn't printable made harmless.
+func excerpt(output string) string {
+	const shown = 300
 	clean := strings.Map(func(r rune) rune {
 		switch {
 		case r == '\n' || r == '\t' || r == '\r':
@@ -66,10 +66,10 @@ func tail(output string) string {
 			return '?'
 		}
 		return r
-	}, strings.TrimSpace(output))
+	}, output)
 	clean = strings.Join(strings.Fields(clean), " ")
 	if len(clean) > shown {
-		clean = "…" + clean[len(clean)-shown:]
+		clean = clean[:shown] + "…"
 	}
 	return clean
 }

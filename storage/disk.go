@@ -159,7 +159,7 @@ func makeDisk(ctx context.Context, d Disk) (err error) {
 		if unix.Fstatfs(int(f.Fd()), &st) == nil && st.Bavail < mkfsRoom/uint64(st.Bsize) {
 			err = errors.Join(err, unix.ENOSPC)
 		}
-		return fmt.Errorf("mke2fs: %w: %s", err, tail(output))
+		return fmt.Errorf("mke2fs: %w: %s", err, excerpt(output))
 	}
 	if err := f.Sync(); err != nil {
 		return err

@@ -129,9 +129,9 @@ func fsck(ctx context.Context, f *os.File, d Disk, uid, gid int, program string,
 		return nil // what the journal's replay counts as a correction
 	}
 	if exit.ExitCode()&(e2fsckUncorrected|e2fsckOperational) != 0 || !exit.Exited() {
-		return damaged(d, uid, gid, "e2fsck: "+tail(output))
+		return damaged(d, uid, gid, "e2fsck: "+excerpt(output))
 	}
-	return fmt.Errorf("cannot check the disk %s: e2fsck: %w: %s", d.Path, err, tail(output))
+	return fmt.Errorf("cannot check the disk %s: e2fsck: %w: %s", d.Path, err, excerpt(output))
 }
 
 func damaged(d Disk, uid, gid int, wrong string) error {

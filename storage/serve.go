@@ -34,7 +34,7 @@ const stopDelay = 2 * time.Second
 type Daemon struct {
 	cmd    *exec.Cmd
 	name   string
-	socket string
+	socket string // "" until it is bound
 	bind   string // a read-only mount to take away; "" if none
 	done   chan struct{}
 	stop   sync.Once
@@ -64,10 +64,9 @@ func (v *Virtiofsd) Serve(ctx context.Context, s Share) (*Daemon, error) {
 		return nil, fmt.Errorf("%w %s: it is no directory", ErrShare, s.Source)
 	}
 	d := &Daemon{
-		name:   fmt.Sprintf("virtiofsd of the share %s (%s)", s.Tag, s.Source),
-		socket: s.Socket,
-		done:   make(chan struct{}),
-		asked:  make(chan struct{}),
+		name:  fmt.Sprintf("virtiofsd of the share %s (%s)", s.Tag, s.Source),
+		done:  make(chan struct{}),
+		asked: make(chan struct{}),
 	}
 	if err := d.start(v, s); err != nil {
 		return nil, errors.Join(fmt.Errorf("%w %s: %w", ErrShare, s.Source, err), d.cleanUp())
@@ -103,6 +102,7 @@ func (d *Daemon) start(v *Virtiofsd, s Share) (err error) {
 	if err != nil {
 		return err
 	}
+	d.socket = s.Socket
 	// As long as anyone holds the listening socket the VMM's connect
 	// succeeds, and then it waits for ever for a virtiofsd that has died.
 	defer func() { err = errors.Join(err, listener.Close()) }()
@@ -216,8 +216,10 @@ func (d *Daemon) Stop() error {
 // cleanUp removes what Serve made beside the process.
 func (d *Daemon) cleanUp() error {
 	var errs []error
-	if err := os.Remove(d.socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		errs = append(errs, err)
+	if d.socket != "" {
+		if err := os.Remove(d.socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
 	if d.bind != "" {
 		errs = append(errs, Unmount(d.bind))
@@ -247,7 +249,12 @@ func listenFor(s Share) (f *os.File, err error) {
 		return nil, err
 	}
 	l.SetUnlinkOnClose(false)
-	defer func() { err = errors.Join(err, l.Close()) }()
+	defer func() {
+		err = errors.Join(err, l.Close())
+		if err != nil {
+			err = errors.Join(err, os.Remove(s.Socket))
+		}
+	}()
 	if err := os.Chmod(s.Socket, 0o600); err != nil {
 		return nil, err
 	}

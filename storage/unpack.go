@@ -105,7 +105,7 @@ func (u *unpacker) begin(p string) (dir int, name string, err error) {
 // openParent opens a directory, making it and those above when an archive
 // doesn't list them.
 func (u *unpacker) openParent(dir string) (*os.File, error) {
-	d, err := openBeneath(u.root, dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW)
+	d, err := openBeneath(u.root, dir, unix.O_PATH|unix.O_DIRECTORY)
 	switch {
 	case err == nil:
 		return d, nil
@@ -123,7 +123,7 @@ func (u *unpacker) openParent(dir string) (*os.File, error) {
 			return nil, fmt.Errorf("cannot make %q: %w", dir, err)
 		}
 		u.dirs[dir] = meta{mode: 0o755}
-		return openBeneath(u.root, dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW)
+		return openBeneath(u.root, dir, unix.O_PATH|unix.O_DIRECTORY)
 	case errors.Is(err, unix.ELOOP):
 		return nil, fmt.Errorf("%w: %q is or goes through a symbolic link, and something is to be put below it", ErrBadArchive, dir)
 	case errors.Is(err, unix.ENOTDIR):

@@ -65,7 +65,7 @@ var versionPattern = regexp.MustCompile(`(?m)^virtiofsd (version |backend )?(\d+
 func parseVersion(path, output string) (*Virtiofsd, error) {
 	m := versionPattern.FindStringSubmatch(output)
 	if m == nil {
-		return nil, fmt.Errorf("%s doesn't say which version it is: %q", path, tail(output))
+		return nil, fmt.Errorf("%s doesn't say which version it is: %q", path, excerpt(output))
 	}
 	var v version
 	for i, s := range m[2:] {
@@ -74,7 +74,7 @@ func parseVersion(path, output string) (*Virtiofsd, error) {
 		}
 		n, err := strconv.Atoi(s)
 		if err != nil {
-			return nil, fmt.Errorf("%s says an impossible version: %q", path, tail(output))
+			return nil, fmt.Errorf("%s says an impossible version: %q", path, excerpt(output))
 		}
 		v[i] = n
 	}
@@ -137,7 +137,7 @@ func askVersion(ctx context.Context, path string) (*Virtiofsd, error) {
 	defer cancel()
 	output, err := runShort(ctx, exec.CommandContext(ctx, path, "--version"))
 	if err != nil {
-		return nil, fmt.Errorf("%s --version: %w: %s", path, err, tail(output))
+		return nil, fmt.Errorf("%s --version: %w: %s", path, err, excerpt(output))
 	}
 	return parseVersion(path, output)
 }

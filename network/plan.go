@@ -1,0 +1,351 @@
+package network
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// ErrNewerRules is in the error about tables of this root whose layout is newer
+// than this program knows: they are another version's, which is left to mend them.
+var ErrNewerRules = errors.New("the rules were made by a newer clawvm")
+
+// plan is what has to be done to the kernel's tables, in the order of its fields,
+// as one transaction: it happens as a whole or not at all.
+type plan struct {
+	oldTables   []tableVersion
+	tables      []table
+	sets        []setIn
+	chains      []chainIn
+	flush       []chainIn // take their rules away
+	rules       []chainIn // add theirs
+	delElements []elementIn
+	addElements []elementIn
+	delChains   []chainIn
+}
+
+type setIn struct {
+	table table
+	set   set
+}
+
+type chainIn struct {
+	table table
+	chain chain
+}
+
+type elementIn struct {
+	table   table
+	set     set
+	element element
+}
+
+func (p *plan) empty() bool {
+	return len(p.oldTables)+len(p.tables)+len(p.sets)+len(p.chains)+len(p.flush)+len(p.rules)+
+		len(p.delElements)+len(p.addElements)+len(p.delChains) == 0
+}
+
+// versions reads which tables the owner has. It refuses newer ones and returns the older.
+func versions(r *rulesReader, owner string) (have map[nftables.TableFamily]bool, older []tableVersion, err error) {
+	all, err := r.tables(owner)
+	if err != nil {
+		return nil, nil, err
+	}
+	have = map[nftables.TableFamily]bool{}
+	for _, t := range all {
+		switch {
+		case t.version > layout:
+			return nil, nil, fmt.Errorf("table %s has layout %d, this program knows %d: %w; use that one's program, or take its VMs and rules down with it",
+				t.name, t.version, layout, ErrNewerRules)
+		case t.version < layout:
+			older = append(older, t)
+		default:
+			have[t.family] = true
+		}
+	}
+	return have, older, nil
+}
+
+// ensureRules plans the shared tables, and with a guest its part of them.
+func ensureRules(r *rulesReader, b Bridge, g *Guest) (*plan, error) {
+	have, older, err := versions(r, b.Owner)
+	if err != nil {
+		return nil, err
+	}
+	p := &plan{oldTables: older}
+	shared := sharedTables(b)
+	for _, t := range shared {
+		if !have[t.family] {
+			p.tables = append(p.tables, t)
+		}
+		if err := p.ensureChains(r, t, have[t.family]); err != nil {
+			return nil, err
+		}
+	}
+	state, err := p.ensureSets(r, shared, have)
+	if err != nil || g == nil {
+		return p, err
+	}
+	parts := guestTables(b, *g)
+	for i, t := range parts {
+		if err := p.ensureChains(r, t, have[t.family]); err != nil {
+			return nil, err
+		}
+		for j, s := range t.sets {
+			p.replaceElements(shared[i], shared[i].sets[j], state.of(shared[i], s.name), s.elements,
+				state.isOf(shared, g.VM, g.TAP, g.Address))
+		}
+	}
+	return p, nil
+}
+
+// ensureChains plans the chains that aren't as described.
+func (p *plan) ensureChains(r *rulesReader, t table, there bool) error {
+	for _, c := range t.chains {
+		var now, want []string
+		for _, rule := range c.rules {
+			data, err := rule.userData(t.family)
+			if err != nil {
+				return err
+			}
+			want = append(want, string(data))
+		}
+		if there {
+			var err error
+			if now, err = r.rules(t, c.name); err != nil {
+				return err
+			}
+		}
+		if slices.Equal(now, want) {
+			continue
+		}
+		if len(now) > 0 {
+			p.flush = append(p.flush, chainIn{t, c})
+		} else {
+			// There without rules or not there: adding it does for both.
+			p.chains = append(p.chains, chainIn{t, c})
+		}
+		p.rules = append(p.rules, chainIn{t, c})
+	}
+	return nil
+}
+
+// setState is what the sets hold, by family and name of the set.
+type setState map[string]map[string]element
+
+func (s setState) of(t table, set string) map[string]element { return s[families[t.family]+set] }
+
+// ensureSets plans the sets that are missing and reads the others.
+func (p *plan) ensureSets(r *rulesReader, shared []table, have map[nftables.TableFamily]bool) (setState, error) {
+	state := setState{}
+	for _, t := range shared {
+		for _, s := range t.sets {
+			missing := true
+			var all map[string]element
+			if have[t.family] {
+				var err error
+				if all, missing, err = r.elements(t, s.name); err != nil {
+					return nil, err
+				}
+			}
+			if missing {
+				p.sets = append(p.sets, setIn{t, s})
+			}
+			for key := range all {
+				if len(key) != int(s.key.Bytes) {
+					return nil, fmt.Errorf("set %s of table %s isn't as clawvm makes it; remove the table: nft delete table %s %s",
+						s.name, t.name, families[t.family], t.name)
+				}
+			}
+			state[families[t.family]+s.name] = all
+		}
+	}
+	return state, nil
+}
+
+// isOf returns what tells, for an element of a set, whether it is the VM's: it
+// leads to the VM's chains, or is of the VM's address or TAP, or of an address
+// or TAP that it had before.
+func (s setState) isOf(shared []table, vm, tap string, address netip.Addr) func(set string, e element) bool {
+	inet, bridge := shared[0], shared[1]
+	addresses, taps := map[string]bool{}, map[string]bool{}
+	if address.Is4() {
+		addresses[string(word(address))] = true
+	}
+	if tap != "" {
+		taps[string(linkKey(tap))] = true
+	}
+	for _, m := range []string{mapGuests, mapRefusals} {
+		for key, e := range s.of(inet, m) {
+			if e.chain == chainOf(vm) || e.chain == refuseChain(vm) {
+				addresses[key] = true
+			}
+		}
+	}
+	for key := range s.of(bridge, setPins) {
+		if addresses[pinAddress(key)] {
+			taps[key[:unix.IFNAMSIZ]] = true
+		}
+	}
+	return func(set string, e element) bool {
+		key := string(e.key)
+		switch set {
+		case setTAPs:
+			return taps[key]
+		case setPins:
+			return taps[key[:unix.IFNAMSIZ]] || addresses[pinAddress(key)]
+		}
+		return addresses[key[:4]]
+	}
+}
+
+// pinAddress is the address in a key of the set of pins: after the TAP and the MAC.
+func pinAddress(key string) string { return key[unix.IFNAMSIZ+8:] }
+
+// replaceElements plans what makes the VM's elements of a set the wanted ones.
+func (p *plan) replaceElements(t table, s set, now map[string]element, want []element, isOurs func(string, element) bool) {
+	for _, w := range want {
+		if e, ok := now[string(w.key)]; !ok || !sameElement(e, w) {
+			p.addElements = append(p.addElements, elementIn{t, s, w})
+		}
+	}
+	for _, e := range now {
+		kept := slices.ContainsFunc(want, func(w element) bool { return sameElement(e, w) })
+		if !kept && isOurs(s.name, e) {
+			p.delElements = append(p.delElements, elementIn{t, s, e})
+		}
+	}
+}
+
+func sameElement(x, y element) bool {
+	return bytes.Equal(x.key, y.key) && bytes.Equal(x.value, y.value) && x.chain == y.chain
+}
+
+// removeRules plans to take a VM's part away. An address that another VM has by
+// now is that one's.
+func removeRules(r *rulesReader, b Bridge, vm string, a netip.Addr) (*plan, error) {
+	have, _, err := versions(r, b.Owner)
+	if err != nil {
+		return nil, err
+	}
+	p, shared := &plan{}, sharedTables(b)
+	state, err := (&plan{}).ensureSets(r, shared, have)
+	if err != nil {
+		return nil, err
+	}
+	if a.Is4() {
+		if e, ok := state.of(shared[0], mapGuests)[string(word(a))]; ok && e.chain != chainOf(vm) {
+			a = netip.Addr{}
+		}
+	}
+	isOurs := state.isOf(shared, vm, "", a)
+	for _, t := range shared {
+		for _, s := range t.sets {
+			p.replaceElements(t, s, state.of(t, s.name), nil, isOurs)
+		}
+	}
+	if !have[shared[0].family] {
+		return p, nil
+	}
+	chains, err := r.chains(shared[0])
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range []string{chainOf(vm), refuseChain(vm)} {
+		if slices.Contains(chains, name) {
+			c := chainIn{shared[0], chain{name: name}}
+			p.flush, p.delChains = append(p.flush, c), append(p.delChains, c)
+		}
+	}
+	return p, nil
+}
+
+// commit sends the plan to the kernel.
+func (p *plan) commit() error {
+	if p.empty() {
+		return nil
+	}
+	// A Conn keeps its first error for good, so each transaction has its own.
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	for _, t := range p.oldTables {
+		c.DelTable(&nftables.Table{Family: t.family, Name: t.name})
+	}
+	for _, t := range p.tables {
+		c.AddTable(t.nft())
+	}
+	for i, s := range p.sets {
+		// The library numbers sets from a variable that it doesn't protect.
+		n := s.nft()
+		n.ID = uint32(i + 1)
+		if err := c.AddSet(n, nil); err != nil {
+			return err
+		}
+	}
+	for _, ch := range p.chains {
+		c.AddChain(ch.nft())
+	}
+	for _, ch := range p.flush {
+		c.FlushChain(ch.nft())
+	}
+	for _, ch := range p.rules {
+		for _, r := range ch.chain.rules {
+			data, err := r.userData(ch.table.family)
+			if err != nil {
+				return err
+			}
+			c.AddRule(&nftables.Rule{Table: ch.table.nft(), Chain: ch.nft(), Exprs: r.exprs, UserData: data})
+		}
+	}
+	for _, e := range p.delElements {
+		if err := c.SetDeleteElements(setIn{e.table, e.set}.nft(), []nftables.SetElement{{Key: e.element.key}}); err != nil {
+			return err
+		}
+	}
+	for _, e := range p.addElements {
+		if err := c.SetAddElements(setIn{e.table, e.set}.nft(), []nftables.SetElement{e.element.nft()}); err != nil {
+			return err
+		}
+	}
+	for _, ch := range p.delChains {
+		c.DelChain(ch.nft())
+	}
+	return c.Flush()
+}
+
+func (t table) nft() *nftables.Table { return &nftables.Table{Family: t.family, Name: t.name} }
+
+func (s setIn) nft() *nftables.Set {
+	n := &nftables.Set{Table: s.table.nft(), Name: s.set.name, IsMap: s.set.isMap, KeyType: s.set.key, DataType: s.set.data,
+		KeyByteOrder: binaryutil.BigEndian}
+	if s.set.byLink {
+		n.KeyByteOrder = binaryutil.NativeEndian // or the nft program shows the names as ""
+	}
+	return n
+}
+
+func (c chainIn) nft() *nftables.Chain {
+	n := &nftables.Chain{Table: c.table.nft(), Name: c.chain.name}
+	if h := c.chain.hook; h != nil {
+		policy := nftables.ChainPolicyAccept
+		n.Type, n.Hooknum, n.Priority, n.Policy = h.kind, &h.point, nftables.ChainPriorityRef(nftables.ChainPriority(h.priority)), &policy
+	}
+	return n
+}
+
+func (e element) nft() nftables.SetElement {
+	n := nftables.SetElement{Key: e.key, Val: e.value}
+	if e.chain != "" {
+		n.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.chain}
+	}
+	return n
+}

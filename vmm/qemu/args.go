@@ -106,7 +106,8 @@ func args(m *vmm.Machine, s setup) []string {
 	for i, share := range m.Shares {
 		id := fmt.Sprintf("share%d", i)
 		add("-chardev", "socket", "id="+id, "path="+escape(share.Socket))
-		add("-device", "vhost-user-fs-pci", "chardev="+id, "tag="+escape(share.Tag))
+		// A queue as long as virtiofsd allows: reading a tree of small files is thousands of requests.
+		add("-device", "vhost-user-fs-pci", "chardev="+id, "tag="+escape(share.Tag), "queue-size=1024")
 	}
 	if s.tap != 0 {
 		add("-netdev", "tap", "id=net", "fd="+strconv.Itoa(s.tap))

@@ -52,6 +52,11 @@ func Lint(p Profile) []string {
 	if provider, _, ok := strings.Cut(p.Model, "/"); ok && !hasProvider(p, provider) {
 		all = append(all, fmt.Sprintf("openclaw.model is of %s, and openclaw.providers has no key for it: right only where it needs none", provider))
 	}
+	for _, id := range slices.Sorted(maps.Keys(p.Providers)) {
+		if _, ok := lookup(p.Config, "models", "providers", id, "baseUrl"); bundled[id] == "" && !ok {
+			all = append(all, fmt.Sprintf("openclaw.providers.%s isn't one that the gateway brings, and openclaw.config.models.providers.%s has no baseUrl and api for it", id, id))
+		}
+	}
 	return all
 }
 

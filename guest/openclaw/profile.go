@@ -155,11 +155,6 @@ func (p Profile) config() (map[string]any, error) {
 	return merged, nil
 }
 
-// sharedPlugins are the providers whose plugin is called otherwise than they are.
-var sharedPlugins = map[string]string{
-	"google-gemini-cli": "google", "google-vertex": "google", "minimax-portal": "minimax", "ollama-cloud": "ollama",
-}
-
 // plugins are the only ones that are loaded: what is declared, and the memory.
 func (p Profile) plugins() []string {
 	used := map[string]bool{"memory-core": true}
@@ -171,10 +166,9 @@ func (p Profile) plugins() []string {
 		providers = append(providers, provider)
 	}
 	for _, id := range providers {
-		if plugin, ok := sharedPlugins[id]; ok {
-			id = plugin
+		if plugin, ok := bundled[id]; ok { // another one has its address and protocol in Config, and no plugin
+			used[plugin] = true
 		}
-		used[id] = true
 	}
 	return slices.Sorted(maps.Keys(used))
 }

@@ -159,6 +159,7 @@ func TestLint(t *testing.T) {
 	}
 	weak := least()
 	weak.Model = "openrouter/x"
+	weak.Providers = map[string]Provider{"own": {KeyFile: "own"}, "elsewhere": {KeyFile: "elsewhere"}}
 	const literal = "0123456789abcdef0123456789abcdef"
 	weak.Config = map[string]any{
 		"gateway": map[string]any{
@@ -167,7 +168,7 @@ func TestLint(t *testing.T) {
 			"controlUi": map[string]any{"dangerouslyDisableDeviceAuth": true, "allowInsecureAuth": true, "dangerouslyNot": false},
 		},
 		"channels": map[string]any{"telegram": map[string]any{"botToken": "${TELEGRAM}", "dmPolicy": "open", "allowFrom": []any{"*"}}},
-		"models":   map[string]any{"providers": map[string]any{"a": map[string]any{"apiKey": literal}, "b": map[string]any{"apiKey": "short"}, "c": map[string]any{"apiKey": " "}}},
+		"models":   map[string]any{"providers": map[string]any{"a": map[string]any{"apiKey": literal}, "b": map[string]any{"apiKey": "short"}, "c": map[string]any{"apiKey": " "}, "own": map[string]any{"baseUrl": "http://192.168.83.1:8080/v1"}}},
 	}
 	got := strings.Join(Lint(weak), "\n") + "\n"
 	if strings.Contains(got, literal) || strings.Contains(got, "changeme") {

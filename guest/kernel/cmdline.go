@@ -30,7 +30,7 @@ func Cmdline(o CmdlineOptions) string {
 		"net.ifnames=0",
 		// Mounts, modules and namespaces wait for RCU; in a machine of this size its quick form disturbs nobody.
 		"rcupdate.rcu_expedited=1",
-		// Self tests of the crypto code: a tenth of the start under emulation.
+		// The self tests of the crypto code are the one of these that shows in the start by itself, when emulated.
 		"cryptomgr.notests",
 		// Keyboard controller and, below, serial ports: there are none, and looking for them waits for timeouts.
 		"i8042.noaux", "i8042.nokbd",

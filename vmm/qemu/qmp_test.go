@@ -129,6 +129,8 @@ func TestQMP(t *testing.T) {
 				t.Error("no error")
 			} else if name == "end" && !errors.Is(err, errQMPClosed) {
 				t.Errorf("%v", err)
+			} else if name == "endless" && !errors.Is(err, bufio.ErrTooLong) {
+				t.Errorf("%v", err)
 			}
 		})
 	}

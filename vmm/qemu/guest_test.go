@@ -117,8 +117,28 @@ func prepareBoot() (b bootFiles) {
 	return b
 }
 
+// built is where this run's init and initramfs are; other runs have their own.
+var built string
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if built != "" {
+		if err := os.RemoveAll(built); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
+	}
+	os.Exit(code)
+}
+
 func buildInitramfs(k *kernel.Kernel, cache string) (vmlinux, initramfs string, err error) {
-	init := filepath.Join(cache, "qemu-test-init")
+	if built, err = os.MkdirTemp("", "clawvm-qemu-"); err != nil {
+		return "", "", err
+	}
+	if err := os.Chmod(built, 0o755); err != nil {
+		return "", "", err
+	}
+	init := filepath.Join(built, "init")
 	build := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", init, "./testdata/init")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -131,7 +151,7 @@ func buildInitramfs(k *kernel.Kernel, cache string) (vmlinux, initramfs string, 
 	if prepared.Packed != "" {
 		return "", "", errors.New(prepared.Packed)
 	}
-	initramfs = filepath.Join(cache, "qemu-test-initramfs")
+	initramfs = filepath.Join(built, "initramfs")
 	f, err := os.Create(initramfs)
 	if err != nil {
 		return "", "", err

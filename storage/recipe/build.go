@@ -18,7 +18,9 @@ import (
 )
 
 // DefaultUIDBase is the first of the 65536 ids of the host that a build's user
-// namespace has. They must belong to nobody else.
+// namespace has. They must belong to nobody else: they lie well above those that a
+// host's VMs get (two for each address of the bridge, from 2000000000 on) and
+// above all that Debian gives to users and their subordinate ids.
 const DefaultUIDBase = 2000262144
 
 // Options say how to build.
@@ -237,7 +239,7 @@ func commandStep(r *Recipe, c Command) (step, error) {
 	if err != nil {
 		return step{}, err
 	}
-	env := map[string]string{"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LC_ALL": "C.UTF-8"}
+	env := map[string]string{"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
 	dir := "/"
 	for _, u := range r.Users {
 		if u.Name == c.User {
@@ -318,7 +320,10 @@ func (b *build) begin(ctx context.Context, s *storage.Store, name string) (done 
 		return nil, errors.Join(fmt.Errorf("cannot make the cache: %w", err), remove())
 	}
 	// Two builds in one cache would share npm's and apt's directories.
-	turn, err := waitForLock(ctx, filepath.Join(b.cacheDir, lockName))
+	turn, err := waitForLock(ctx, filepath.Join(b.cacheDir, lockName), func() {
+		b.progress.Step = "waiting for another build to end"
+		b.report()
+	})
 	if err != nil {
 		return nil, errors.Join(err, remove())
 	}

@@ -136,7 +136,7 @@ func namespaceHint(err error) error {
 	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EUSERS):
 		return fmt.Errorf("%w (see the sysctl user.max_user_namespaces)", err)
 	case errors.Is(err, unix.EPERM):
-		return fmt.Errorf("%w (images are built by root, on a host that allows user namespaces)", err)
+		return fmt.Errorf("%w (images are built by root, not in a chroot, on a host that allows user namespaces)", err)
 	case errors.Is(err, unix.EACCES):
 		return fmt.Errorf("%w (is clawvm's program readable and executable by all?)", err)
 	}

@@ -79,10 +79,31 @@ func appendEscaped(b []byte, s, special string) []byte {
 	return b
 }
 
+// appendPadded appends a number with zeros in front.
+func appendPadded(b []byte, n uint64, base, width int) []byte {
+	var digits [64]byte
+	d := strconv.AppendUint(digits[:0], n, base)
+	for i := len(d); i < width; i++ {
+		b = append(b, '0')
+	}
+	return append(b, d...)
+}
+
 // appendLine appends the entry's line.
 func (e *entry) appendLine(b []byte) []byte {
 	b = append(b, byte(e.kind), ' ')
-	b = fmt.Appendf(b, "%04o %d %d %d.%09d %d ", e.mode, e.uid, e.gid, e.sec, e.nsec, e.size)
+	b = appendPadded(b, uint64(e.mode), 8, 4)
+	b = append(b, ' ')
+	b = strconv.AppendUint(b, uint64(e.uid), 10)
+	b = append(b, ' ')
+	b = strconv.AppendUint(b, uint64(e.gid), 10)
+	b = append(b, ' ')
+	b = strconv.AppendInt(b, e.sec, 10)
+	b = append(b, '.')
+	b = appendPadded(b, uint64(e.nsec), 10, 9)
+	b = append(b, ' ')
+	b = strconv.AppendInt(b, e.size, 10)
+	b = append(b, ' ')
 	if e.sum == nil {
 		b = append(b, '-')
 	} else {
@@ -229,8 +250,17 @@ func (m *manifestReader) parse(line []byte) (*entry, error) {
 		}
 		return nil, fmt.Errorf("%w: line %q", errManifest, shown)
 	}
-	fields := strings.Split(strings.TrimSuffix(string(line), "\n"), " ")
-	if len(fields) < 9 || len(fields[0]) != 1 {
+	// One copy of the line serves all of the entry's strings.
+	rest := strings.TrimSuffix(string(line), "\n")
+	var fields [9]string
+	for i := range fields {
+		field, after, more := strings.Cut(rest, " ")
+		if !more && i < len(fields)-1 {
+			return bad()
+		}
+		fields[i], rest = field, after
+	}
+	if len(fields[0]) != 1 {
 		return bad()
 	}
 	e := &entry{kind: entryType(fields[0][0])}
@@ -267,7 +297,9 @@ func (m *manifestReader) parse(line []byte) (*entry, error) {
 		}
 	}
 	last := ""
-	for _, f := range fields[9:] {
+	for rest != "" {
+		var f string
+		f, rest, _ = strings.Cut(rest, " ")
 		name, value, ok := strings.Cut(f, "=")
 		if !ok {
 			return bad()

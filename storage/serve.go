@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -77,7 +78,10 @@ func (v *Virtiofsd) Serve(ctx context.Context, s Share) (*Daemon, error) {
 func (d *Daemon) start(v *Virtiofsd, s Share) (err error) {
 	source := s.Source
 	if v.bindNeeded(s) {
-		d.bind = s.Socket + ".ro"
+		// virtiofsd does not start in this process's directory.
+		if d.bind, err = filepath.Abs(s.Socket + ".ro"); err != nil {
+			return err
+		}
 		// What an earlier supervisor left is an empty directory: its
 		// mounts went with its namespace.
 		if err := os.Mkdir(d.bind, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {

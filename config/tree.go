@@ -139,7 +139,7 @@ func (r *treeReader) checkBytes(data []byte) ([]byte, bool) {
 }
 
 func (r *treeReader) checkTokens(tokens token.Tokens) bool {
-	values, depth, nested := 0, 0, 0
+	values := 0
 	refused := map[string]bool{} // each once: thousands of them say no more
 	refuse := func(tk *token.Token, wrong, want string) {
 		if !refused[wrong] {
@@ -157,19 +157,6 @@ func (r *treeReader) checkTokens(tokens token.Tokens) bool {
 			refuse(tk, "tags aren't read", "the value itself; a text that starts with ! in quotes")
 		case token.DirectiveType:
 			refuse(tk, "directives aren't read", "the declaration alone; a text that starts with % in quotes")
-		case token.MappingStartType, token.SequenceStartType:
-			depth++
-		case token.MappingEndType, token.SequenceEndType:
-			depth--
-		}
-		if tk.Type == token.SequenceEntryType || tk.Type == token.MappingKeyType {
-			nested++ // "- - - -" nests in one line
-		} else {
-			nested = 0
-		}
-		if depth > maxDepth || nested > maxDepth {
-			r.fail(r.at(tk), "", fmt.Sprintf("is nested more than %d levels deep", maxDepth), "a declaration, which has 5")
-			return false
 		}
 		if values++; values > maxTokens {
 			r.fail(r.at(tk), "", fmt.Sprintf("has more than %d values and signs", maxTokens), "a declaration, which has some 100")

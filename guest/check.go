@@ -6,6 +6,7 @@ import (
 	"path"
 	"regexp"
 	"strings"
+	"unicode/utf8"
 )
 
 // Bounds of a document, far above what a declaration has, so that a wrong one is refused before the guest acts on it.
@@ -200,7 +201,7 @@ func checkOwner(uid, gid int) error {
 
 // checkPath accepts absolute clean paths other than the root.
 func checkPath(p string) error {
-	if !strings.HasPrefix(p, "/") || path.Clean(p) != p || p == "/" || len(p) > maxPath || strings.ContainsAny(p, "\x00\n") {
+	if !strings.HasPrefix(p, "/") || path.Clean(p) != p || p == "/" || len(p) > maxPath || strings.ContainsAny(p, "\x00\n") || !utf8.ValidString(p) {
 		return fmt.Errorf("%q isn't an absolute path without dots, double or trailing slashes", p)
 	}
 	return nil
@@ -252,16 +253,16 @@ func CheckCommand(argv []string, env map[string]string, user, cwd string) error 
 		return fmt.Errorf("more than %d arguments or variables", maxArgs)
 	}
 	for i, a := range argv {
-		if len(a) > maxString || strings.ContainsRune(a, 0) {
-			return fmt.Errorf("argv[%d] has a zero byte or more than %d bytes", i, maxString)
+		if !validString(a) {
+			return fmt.Errorf("argv[%d] has a zero byte, isn't UTF-8 or has more than %d bytes", i, maxString)
 		}
 	}
 	for k, v := range env {
 		if !envPattern.MatchString(k) {
 			return fmt.Errorf("env: %q isn't a variable's name", k)
 		}
-		if len(k)+len(v) > maxString || strings.ContainsRune(v, 0) {
-			return fmt.Errorf("env: %s has a zero byte or more than %d bytes", k, maxString)
+		if !validString(k + "=" + v) {
+			return fmt.Errorf("env: %s has a zero byte, isn't UTF-8 or has more than %d bytes", k, maxString)
 		}
 	}
 	if user != "" && (!userPattern.MatchString(user) || len(user) > 128) {
@@ -273,6 +274,11 @@ func CheckCommand(argv []string, env map[string]string, user, cwd string) error 
 		}
 	}
 	return nil
+}
+
+// validString says whether a string can be an argument; what isn't UTF-8 would be changed on its way through JSON.
+func validString(s string) bool {
+	return len(s) < maxString && utf8.ValidString(s) && !strings.ContainsRune(s, 0)
 }
 
 func (r *Ready) check() error {
@@ -288,7 +294,7 @@ func (r *Ready) check() error {
 		if err := checkPort(h.Port); err != nil {
 			return fmt.Errorf("http: %w", err)
 		}
-		if !strings.HasPrefix(h.Path, "/") || len(h.Path) > maxPath || strings.ContainsAny(h.Path, "\x00\r\n ") {
+		if !strings.HasPrefix(h.Path, "/") || len(h.Path) > maxPath || strings.ContainsAny(h.Path, "\x00\r\n ") || !utf8.ValidString(h.Path) {
 			return fmt.Errorf("http: path %q doesn't start with a slash, or has a space or a line's end in it", h.Path)
 		}
 		if h.Status != 0 && (h.Status < 200 || h.Status > 599) {

@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"io"
 	"net/netip"
 )
 
@@ -188,7 +187,7 @@ func decode(data []byte) (*Document, error) {
 	if len(data) > MaxDocument {
 		return nil, fmt.Errorf("%d bytes, at most %d are read", len(data), MaxDocument)
 	}
-	// The version first: with another one, an unknown field is only its consequence.
+	// The version first: with another one, an unknown field is only its consequence. Unmarshal also refuses what follows.
 	var v struct {
 		Version int `json:"version"`
 	}
@@ -203,9 +202,6 @@ func decode(data []byte) (*Document, error) {
 	var d Document
 	if err := dec.Decode(&d); err != nil {
 		return nil, err
-	}
-	if _, err := dec.Token(); err != io.EOF {
-		return nil, fmt.Errorf("something follows the document")
 	}
 	if err := d.check(); err != nil {
 		return nil, err

@@ -125,7 +125,7 @@ func clean(s string) string {
 			return ' '
 		}
 		if !unicode.IsPrint(r) {
-			return '\uFFFD'
+			return '?'
 		}
 		return r
 	}, s)

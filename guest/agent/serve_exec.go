@@ -13,8 +13,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/creack/pty"
 )
 
 // maxSessions bounds the programs that run for hosts at the same time; a host has not more streams.
@@ -129,9 +127,9 @@ func (e *session) start(req ExecRequest) (err error) {
 	attr.Setsid = true
 	e.cmd.SysProcAttr = attr
 	if req.TTY {
-		master, slave, err := pty.Open()
+		master, slave, err := openTerminal()
 		if err != nil {
-			return fmt.Errorf("no terminal: %w", err)
+			return err
 		}
 		childEnds = append(childEnds, slave)
 		e.terminal, e.stdin = master, master
@@ -140,7 +138,7 @@ func (e *session) start(req ExecRequest) (err error) {
 			return fmt.Errorf("cannot give the terminal to its user: %w", err)
 		}
 		if req.Rows > 0 && req.Cols > 0 {
-			if err := pty.Setsize(master, &pty.Winsize{Rows: req.Rows, Cols: req.Cols}); err != nil {
+			if err := setSize(master, req.Rows, req.Cols); err != nil {
 				return err
 			}
 		}
@@ -247,8 +245,7 @@ func (e *session) receive(r io.Reader, in *input) {
 			if e.terminal == nil {
 				continue
 			}
-			size := pty.Winsize{Rows: binary.BigEndian.Uint16(f.payload), Cols: binary.BigEndian.Uint16(f.payload[2:])}
-			if pty.Setsize(e.terminal, &size) != nil {
+			if setSize(e.terminal, binary.BigEndian.Uint16(f.payload), binary.BigEndian.Uint16(f.payload[2:])) != nil {
 				return
 			}
 		case frameSignal:

@@ -70,8 +70,8 @@ func (s *Server) Handler() http.Handler {
 		h := s.Hello
 		h.Protocol = ProtocolVersion
 		w.Header().Set("Content-Type", "application/json")
-		if err := json.NewEncoder(w).Encode(h); err != nil {
-			panic(http.ErrAbortHandler)
+		if json.NewEncoder(w).Encode(h) != nil {
+			return // the connection has ended
 		}
 	})
 	mux.HandleFunc("GET "+pathPing, func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) })

@@ -262,11 +262,7 @@ func bootGuest(t *testing.T, d *guest.Document, dir string, disks ...string) *te
 	}
 	store, secrets := share(t, dir, "store", root), share(t, dir, "secrets", secretsDir)
 
-	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ours, theirs := os.NewFile(uintptr(fds[0]), "host"), os.NewFile(uintptr(fds[1]), "guest")
+	conn, theirs := socketPair(t)
 	args := []string{
 		"-M", "q35,sata=off,usb=off,smbus=off,hpet=off,vmport=off", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "256M", "-nodefaults", "-display", "none", "-no-reboot",
 		"-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem",
@@ -290,15 +286,16 @@ func bootGuest(t *testing.T, d *guest.Document, dir string, disks ...string) *te
 			t.Logf("console:\n%s", g.console)
 		}
 	})
-	conn, err := net.FileConn(ours)
-	if err := errors.Join(err, ours.Close(), theirs.Close()); err != nil {
+	if err := theirs.Close(); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	if g.client, err = agent.Connect(ctx, conn, true); err != nil {
+	client, err := agent.Connect(ctx, conn, true)
+	if err != nil {
 		t.Fatalf("%v\n%s", err, g.console)
 	}
+	g.client = client
 	t.Logf("agent after %.2f s", time.Since(g.started).Seconds())
 	return g
 }
@@ -343,7 +340,7 @@ func (g *testGuest) exec(req agent.ExecRequest) (code int, out, errOut string) {
 	if err != nil {
 		g.t.Fatalf("%q: %v", req.Argv, err)
 	}
-	g.t.Logf("%q: %d, %q, %q in %v", req.Argv, code, o.String(), e.String(), time.Since(begun).Round(time.Millisecond))
+	g.t.Logf("%q: %d, %.200q, %q in %v", req.Argv, code, o.String(), e.String(), time.Since(begun).Round(time.Millisecond))
 	return code, o.String(), e.String()
 }
 
@@ -408,6 +405,12 @@ func TestGuestBootsToReadyAndExecutes(t *testing.T) {
 	if code, out, _ := g.exec(agent.ExecRequest{Argv: []string{"stty", "size"}, TTY: true, Rows: 33, Cols: 77}); code != 0 || strings.TrimSpace(out) != "33 77" {
 		t.Errorf("on a terminal: %d, %q", code, out)
 	}
+	for _, tty := range []bool{false, true} {
+		code, out, _ := g.exec(agent.ExecRequest{Argv: []string{"sh", "-c", "test -t 1 && stty -opost; head -c 10485760 /dev/zero"}, TTY: tty})
+		if code != 0 || len(out) != 10<<20 {
+			t.Errorf("ten megabytes, terminal %v: %d, %d bytes", tty, code, len(out))
+		}
+	}
 	logs, err := g.client.Logs(ctx)
 	if err != nil {
 		t.Fatal(err)
@@ -452,4 +455,110 @@ func TestGuestBootsToReadyAndExecutes(t *testing.T) {
 	if strings.Contains(g.console.String(), "clawvm-init:") {
 		t.Errorf("the init complained:\n%s", g.console)
 	}
+}
+
+// socketPair returns the two ends of a socketpair.
+func socketPair(t *testing.T) (ours net.Conn, theirs *os.File) {
+	t.Helper()
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := os.NewFile(uintptr(fds[0]), "host")
+	ours, err = net.FileConn(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return ours, os.NewFile(uintptr(fds[1]), "guest")
+}
+
+// connectTo connects a client to a server without a guest.
+func connectTo(t *testing.T, s *agent.Server) *agent.Client {
+	t.Helper()
+	ours, file := socketPair(t)
+	theirs, err := net.FileConn(file)
+	if err := errors.Join(err, file.Close()); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- s.ServeConn(context.Background(), theirs, true) }()
+	c, err := agent.Connect(context.Background(), ours, true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+		if err := <-ended; err == nil {
+			t.Error("ServeConn ended without saying why")
+		}
+	})
+	return c
+}
+
+// TestGuestRestartsReportsAndReboots has its overlay on a disk, a workload that fails once, and ends by busybox' reboot.
+func TestGuestRestartsReportsAndReboots(t *testing.T) {
+	needsGuest(t)
+	dir := t.TempDir()
+	d := testDocument()
+	d.Root.Upper = guest.Upper{Disk: "overlay"}
+	d.Workload.Argv = []string{"sh", "-c", "test -e /tmp/again && exec sleep 1000; touch /tmp/again; exit 3"}
+	d.Workload.Ready = guest.Ready{Exec: []string{"test", "-e", "/tmp/again"}}
+	g := bootGuest(t, d, dir, disk(t, dir, "state"), disk(t, dir, "overlay"))
+	events, _, err := g.client.Events(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for {
+		if e := g.until(events, agent.WorkloadStarted); e.Restarts == 1 {
+			break
+		}
+	}
+	g.until(events, agent.Ready)
+	// What a program leaves behind is reaped.
+	if code, _, _ := g.shell("for i in 1 2 3 4 5; do setsid sh -c 'sleep 0.1 & exit' & done; wait; sleep 0.5"); code != 0 {
+		t.Errorf("ended with %d", code)
+	}
+	if _, out, _ := g.exec(agent.ExecRequest{Argv: []string{"sh", "-c", "cat /proc/[0-9]*/stat | grep -c ') Z '"}, Root: true}); out != "0\n" {
+		t.Errorf("%s zombies", out)
+	}
+	if code, out, _ := g.exec(agent.ExecRequest{Argv: []string{"sh", "-c", "echo disk >/kept && sync && reboot"}, Root: true}); code != 0 && code != 143 {
+		t.Errorf("reboot: %d, %s", code, out)
+	}
+	if e := g.until(events, agent.Ending); e.Reason != agent.ReasonReboot {
+		t.Errorf("%+v", e)
+	}
+	select {
+	case err := <-g.exited:
+		if err != nil {
+			t.Errorf("qemu: %v", err)
+		}
+	case <-time.After(time.Minute):
+		t.Error("the guest did not reboot")
+	}
+	for _, name := range []string{"state", "overlay"} {
+		out, err := exec.Command("debugfs", "-R", "features", filepath.Join(dir, name+".img")).CombinedOutput()
+		if err != nil || strings.Contains(string(out), "needs_recovery") {
+			t.Errorf("%s was not unmounted: %v, %s", name, err, out)
+		}
+	}
+	if strings.Contains(g.console.String(), "clawvm-init:") {
+		t.Errorf("the init complained:\n%s", g.console)
+	}
+}
+
+// TestGuestThatCannotBeSetUpSaysWhy declares a volume whose disk isn't there.
+func TestGuestThatCannotBeSetUpSaysWhy(t *testing.T) {
+	needsGuest(t)
+	dir := t.TempDir()
+	g := bootGuest(t, testDocument(), dir)
+	events, _, err := g.client.Events(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e := g.until(events, agent.Ending); e.Reason != agent.ReasonFailed || !strings.Contains(e.Detail, "there is no disk with the serial state") {
+		t.Errorf("%+v", e)
+	}
+	<-g.exited
 }

@@ -147,6 +147,9 @@ func (s *stageSpec) takeUser() error {
 			return err
 		}
 	}
+	if err := ownStreams(s.UID, s.GID); err != nil {
+		return err
+	}
 	// Plain system calls: only this thread lives on.
 	groups := make([]uint32, len(s.Groups))
 	for i, g := range s.Groups {
@@ -171,6 +174,23 @@ func (s *stageSpec) takeUser() error {
 		var none [2]unix.CapUserData
 		if err := unix.Capset(&header, &none[0]); err != nil {
 			return fmt.Errorf("cannot give up the capabilities: %w", err)
+		}
+	}
+	return nil
+}
+
+// ownStreams gives the pipes that are the standard streams to the user, so that it can open /dev/stdout by its name.
+func ownStreams(uid, gid int) error {
+	for fd := range 3 {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			return err
+		}
+		if st.Mode&unix.S_IFMT != unix.S_IFIFO {
+			continue
+		}
+		if err := unix.Fchown(fd, uid, gid); err != nil {
+			return fmt.Errorf("cannot give the standard streams to their user: %w", err)
 		}
 	}
 	return nil

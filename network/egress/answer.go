@@ -42,18 +42,18 @@ type answer struct {
 	reason   string
 }
 
-// newAnswer takes over what belongs into an answer to q from a name server's message.
-func newAnswer(q question, m *dns.Msg, upstream string) (*answer, error) {
-	out := dns.Msg{
-		MsgHdr:   dns.MsgHdr{Response: true, RecursionAvailable: true, Rcode: m.Rcode},
-		Compress: true,
-		Question: []dns.Question{{Name: q.name, Qtype: q.qtype, Qclass: dns.ClassINET}},
-		Answer:   m.Answer,
-		Ns:       m.Ns,
+// newAnswer takes over what belongs into an answer to q from a name server's message, whose question has been compared.
+func newAnswer(q question, wire []byte, upstream string) (*answer, error) {
+	m := new(dns.Msg)
+	if err := m.Unpack(wire); err != nil {
+		return nil, fmt.Errorf("cannot read the name server's answer: %w", err)
 	}
-	a := &answer{rcode: m.Rcode, upstream: upstream}
+	a := &answer{wire: wire, rcode: m.Rcode, upstream: upstream}
+	if err := a.index(); err != nil {
+		return nil, err
+	}
 	if m.Rcode > 0xf { // an extended code would need an OPT record to say it
-		a.rcode, out.Rcode = dns.RcodeServerFailure, dns.RcodeServerFailure
+		a.rcode = dns.RcodeServerFailure
 	}
 	switch a.rcode {
 	case dns.RcodeSuccess, dns.RcodeNameError:
@@ -61,13 +61,6 @@ func newAnswer(q question, m *dns.Msg, upstream string) (*answer, error) {
 	default:
 		a.ttl = failureTTL
 		a.reason = "the name servers answered " + rcodeName(m.Rcode)
-	}
-	var err error
-	if a.wire, err = out.Pack(); err != nil {
-		return nil, fmt.Errorf("cannot encode the name server's answer: %w", err)
-	}
-	if err := a.index(); err != nil {
-		return nil, err
 	}
 	for _, rr := range m.Answer {
 		if r, ok := rr.(*dns.A); ok {
@@ -121,12 +114,15 @@ func texts(records []dns.RR) []string {
 	return all
 }
 
-var errWire = errors.New("cannot read the encoded answer")
+var errWire = errors.New("cannot read the name server's answer: its records don't fit its counts")
 
-// index finds the TTLs in the encoded answer.
+// index finds the TTLs of the answer's and authority's records, and cuts off what follows them: names only point backwards.
 func (a *answer) index() error {
-	if len(a.wire) < headerSize {
+	if len(a.wire) <= headerSize || binary.BigEndian.Uint16(a.wire[4:]) != 1 {
 		return errWire
+	}
+	if a.wire[headerSize]&0xc0 != 0 {
+		return errWire // a question is never compressed; its spelling is replaced in place
 	}
 	records := int(binary.BigEndian.Uint16(a.wire[6:])) + int(binary.BigEndian.Uint16(a.wire[8:]))
 	at, err := skipName(a.wire, headerSize)
@@ -142,9 +138,11 @@ func (a *answer) index() error {
 		a.ttls = append(a.ttls, at+offTTL)
 		at += 10 + int(binary.BigEndian.Uint16(a.wire[at+8:]))
 	}
-	if at != len(a.wire) {
+	if at > len(a.wire) {
 		return errWire
 	}
+	a.wire = a.wire[:at:at]
+	clear(a.wire[10:headerSize])
 	return nil
 }
 
@@ -209,10 +207,7 @@ func (a *answer) reply(m *dns.Msg, opt *dns.OPT, limit int, age uint32) []byte {
 	}
 	if opt != nil {
 		out[11] = 1
-		out = append(out, 0, 0, byte(dns.TypeOPT), udpSize>>8, udpSize&0xff, 0, 0, 0, 0, 0, 0)
-		if opt.Do() {
-			binary.BigEndian.PutUint16(out[len(out)-4:], optDo)
-		}
+		out = appendOPT(out, opt.Do())
 	}
 	return out
 }

@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -11,8 +12,7 @@ import (
 
 const (
 	hedgeDelay   = 250 * time.Millisecond // without an answer after this the next name server is asked too; doubled each time
-	attemptLimit = 2 * time.Second        // for one name server's answer
-	lookupLimit  = 4 * time.Second        // for an answer at all: before the guest's C library gives up (5 s)
+	lookupLimit  = 4 * time.Second        // for an answer: before the guest's C library gives up (5 s)
 	rounds       = 2                      // how often each name server is asked: a packet may be lost
 	maxUpstreams = 4
 )
@@ -31,7 +31,7 @@ type forwarder struct {
 func newForwarder(addrs []netip.AddrPort, now func() time.Time) *forwarder {
 	f := &forwarder{now: now}
 	for _, a := range addrs[:min(len(addrs), maxUpstreams)] {
-		f.upstreams = append(f.upstreams, &upstream{addr: a, name: a.String(), open: map[*socket]bool{}})
+		f.upstreams = append(f.upstreams, newUpstream(a))
 	}
 	return f
 }
@@ -42,73 +42,78 @@ func (f *forwarder) close() {
 	}
 }
 
-// An attempt is a question put to one name server.
-type attempt struct {
-	up    *upstream
-	at    time.Time // by the forwarder's clock
-	start time.Time
-	over  bool
-	msg   *dns.Msg
-	err   error
-}
-
 // ask returns the first useful answer: the preferred name server's, or another's when that one is slow, silent or
 // unable. Whoever keeps a query waiting is passed over for a while.
 func (f *forwarder) ask(q question) (*answer, error) {
 	if len(f.upstreams) == 0 {
 		return nil, errNoUpstream
 	}
-	wire, err := queryWire(q)
-	if err != nil {
-		return nil, err
-	}
 	now := f.now()
 	order := f.order(now)
 	if order[0].healthy() {
-		// Names servers that failed are tried beside the query, which needn't wait for them.
+		// Name servers that failed are tried beside the query, which needn't wait for them.
 		for _, u := range order[1:] {
 			if u.probeDue(now) {
-				go f.attempt(u, wire, q, time.Now().Add(attemptLimit), nil)
+				go f.probe(u, q)
 			}
 		}
 	}
-	end := time.Now().Add(lookupLimit)
-	results := make(chan *attempt, rounds*len(order))
-	var made []*attempt
-	begin := func() {
-		u := order[len(made)%len(order)]
-		a := &attempt{up: u, at: f.now(), start: time.Now()}
-		made = append(made, a)
-		deadline := a.start.Add(attemptLimit)
-		if deadline.After(end) {
-			deadline = end
-		}
-		go f.attempt(u, wire, q, deadline, func(m *dns.Msg, err error) {
-			results <- &attempt{up: u, start: a.start, msg: m, err: err}
-		})
+	return f.askOf(order, rounds, q)
+}
+
+// probe lets a name server's health be learnt.
+func (f *forwarder) probe(u *upstream, q question) {
+	if _, err := f.askOf([]*upstream{u}, 1, q); err != nil {
+		u.failed(f.now(), f.now()) // also when nothing could be sent, so that there is another probe
 	}
+}
+
+// askOf asks name servers in turn, the next one when one fails or takes long, each so many times.
+func (f *forwarder) askOf(order []*upstream, rounds int, q question) (*answer, error) {
+	query, err := queryWire(q)
+	if err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	end := start.Add(lookupLimit)
+	results := make(chan result, 2*rounds*len(order)) // an attempt has two at most: over UDP, over TCP
+	made := make([]*attempt, 0, 2)
+	begin := func() {
+		a := &attempt{up: order[len(made)%len(order)], query: append([]byte(nil), query...), results: results, at: f.now(), sent: time.Now()}
+		made = append(made, a)
+		if err := a.up.send(a); err != nil {
+			results <- result{attempt: a, err: err}
+		}
+	}
+	defer func() {
+		for _, a := range made {
+			if !a.over && a.sock != nil {
+				a.sock.forget(a)
+			}
+		}
+	}()
 	begin()
 	delay := hedgeDelay
-	hedge := time.NewTimer(delay)
-	defer hedge.Stop()
+	timer := time.NewTimer(delay)
+	defer timer.Stop()
 	var unable *answer
 	pending := 1
 	for {
 		select {
 		case r := <-results:
-			pending--
-			for _, a := range made {
-				a.over = a.over || (a.up == r.up && a.start.Equal(r.start))
+			if errors.Is(r.err, errTruncated) {
+				go r.attempt.up.exchangeTCP(r.attempt, end)
+				continue
 			}
-			if r.err == nil {
-				a, err := newAnswer(q, r.msg, r.up.name)
-				if err == nil && (a.rcode == dns.RcodeSuccess || a.rcode == dns.RcodeNameError) {
-					f.blame(made)
-					return a, nil
-				}
-				if err == nil {
-					unable = a
-				}
+			pending--
+			r.attempt.over = true
+			a, err := f.learn(q, r)
+			if err == nil && (a.rcode == dns.RcodeSuccess || a.rcode == dns.RcodeNameError) {
+				f.blame(made, hedgeDelay)
+				return a, nil
+			}
+			if err == nil {
+				unable = a
 			}
 			switch {
 			case len(made) < len(order):
@@ -120,13 +125,22 @@ func (f *forwarder) ask(q question) (*answer, error) {
 			default:
 				return nil, errNoAnswer
 			}
-		case <-hedge.C:
-			if len(made) < rounds*len(order) && time.Now().Before(end) {
+		case <-timer.C:
+			left := time.Until(end)
+			if left <= 0 {
+				f.blame(made, 0)
+				if unable != nil {
+					return unable, nil
+				}
+				return nil, errNoAnswer
+			}
+			if len(made) < rounds*len(order) {
 				begin()
 				pending++
 				delay *= 2
-				hedge.Reset(delay)
+				left = min(left, delay)
 			}
+			timer.Reset(left)
 		}
 	}
 }
@@ -144,40 +158,51 @@ func (f *forwarder) order(now time.Time) []*upstream {
 	return order
 }
 
-// blame marks those who have kept a query waiting that another answered meanwhile. An answer that still comes clears them.
-func (f *forwarder) blame(made []*attempt) {
+// learn reads an attempt's result and notes what it says about the name server's health.
+func (f *forwarder) learn(q question, r result) (*answer, error) {
+	u := r.attempt.up
+	switch {
+	case r.err == nil:
+		u.worked() // what it answered is another matter
+		return newAnswer(q, r.wire, u.name)
+	case !errors.Is(r.err, errConnections) && !errors.Is(r.err, errClosed):
+		u.failed(r.attempt.at, f.now())
+	}
+	return nil, r.err
+}
+
+// blame marks those who have kept a query waiting for so long.
+func (f *forwarder) blame(made []*attempt, wait time.Duration) {
 	for _, a := range made {
-		if !a.over && time.Since(a.start) >= hedgeDelay {
+		if !a.over && time.Since(a.sent) >= wait {
 			a.up.failed(a.at, f.now())
 		}
 	}
 }
 
-// attempt asks one name server and learns from it.
-func (f *forwarder) attempt(u *upstream, wire []byte, q question, deadline time.Time, done func(*dns.Msg, error)) {
-	at := f.now()
-	m, err := u.exchange(wire, q, deadline)
-	switch {
-	case err == nil:
-		u.worked()
-	case !errors.Is(err, errSockets) && !errors.Is(err, errClosed):
-		u.failed(at, f.now())
-	}
-	if done != nil {
-		done(m, err)
-	}
-}
-
-// queryWire encodes a question for name servers, with id 0.
+// queryWire encodes a question for name servers, with id 0: header, question, OPT record.
 func queryWire(q question) ([]byte, error) {
-	m := dns.Msg{
-		MsgHdr:   dns.MsgHdr{RecursionDesired: true, CheckingDisabled: q.cd},
-		Question: []dns.Question{{Name: q.name, Qtype: q.qtype, Qclass: dns.ClassINET}},
-	}
-	m.SetEdns0(udpSize, q.do)
-	wire, err := m.Pack()
+	wire := make([]byte, headerSize+len(q.name)+1+4+optSize)
+	end, err := dns.PackDomainName(q.name, wire, headerSize, nil, false)
 	if err != nil {
 		return nil, fmt.Errorf("cannot encode the query: %w", err)
 	}
-	return wire, nil
+	flags := uint16(flagRecurse)
+	if q.cd {
+		flags |= flagUnchecked
+	}
+	binary.BigEndian.PutUint16(wire[2:], flags)
+	wire[5], wire[11] = 1, 1 // one question, one additional record
+	wire = binary.BigEndian.AppendUint16(wire[:end], q.qtype)
+	wire = binary.BigEndian.AppendUint16(wire, dns.ClassINET)
+	return appendOPT(wire, q.do), nil
+}
+
+// appendOPT appends an OPT record (RFC 6891 6.1.2) that says which size is welcome, and whether DNSSEC's records are.
+func appendOPT(wire []byte, do bool) []byte {
+	flags := byte(0)
+	if do {
+		flags = optDo >> 8
+	}
+	return append(wire, 0, 0, byte(dns.TypeOPT), udpSize>>8, udpSize&0xff, 0, 0, flags, 0, 0, 0)
 }

@@ -2,7 +2,6 @@ package egress
 
 import (
 	"errors"
-	"net"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -46,43 +45,75 @@ var (
 	stranger = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "not from the VM's address"}
 	noIPv6   = refusal{rcode: dns.RcodeSuccess, verdict: Allowed, reason: "the VM has no IPv6"}
 	badVers  = refusal{rcode: dns.RcodeBadVers, verdict: Refused, reason: "unknown EDNS version"}
+
+	// Of these not even the question is known.
+	notQuery    = refusal{rcode: dns.RcodeNotImplemented, reason: "not a query"}
+	notOne      = refusal{rcode: dns.RcodeFormatError, reason: "not one question"}
+	withAnswers = refusal{rcode: dns.RcodeFormatError, reason: "a query with answers"}
+	malformed   = refusal{rcode: dns.RcodeFormatError, reason: "malformed message"}
+	unsent      = refusal{rcode: dns.RcodeFormatError, reason: "the answer could not be sent"}
 )
 
-// handle answers one query that accept let pass, and logs it.
-func (s *server) handle(w dns.ResponseWriter, m *dns.Msg) {
-	start := time.Now()
+// An exchange is one query of the guest's and what it comes to.
+type exchange struct {
+	query    *dns.Msg
+	opt      *dns.OPT
+	udp      bool
+	start    time.Time
+	question question
+	wire     []byte // the answer
+	event    Event
+}
+
+// begin answers what needs no name server; else the exchange has no answer yet.
+func (s *server) begin(m *dns.Msg, from netip.Addr, udp bool, start time.Time) *exchange {
 	asked := m.Question[0]
-	from, udp := source(w)
-	e := Event{Name: strings.ToLower(asked.Name), Type: typeName(asked.Qtype), Proto: "tcp", Verdict: Allowed}
+	x := &exchange{query: m, opt: m.IsEdns0(), udp: udp, start: start}
+	x.question = question{name: strings.ToLower(asked.Name), qtype: asked.Qtype, cd: m.CheckingDisabled, do: x.opt != nil && x.opt.Do()}
+	x.event = Event{Name: strings.TrimSuffix(x.question.name, "."), Type: typeName(asked.Qtype), Proto: "tcp", Verdict: Allowed}
 	if udp {
-		e.Proto = "udp"
+		x.event.Proto = "udp"
 	}
-	opt := m.IsEdns0()
-	var wire []byte
-	if refused := s.refuse(m, opt, from, e.Name); refused != nil {
-		wire = s.refusalWire(m, opt, refused, &e)
-	} else {
-		wire = s.resolve(m, opt, udp, &e)
+	if refused := s.refuse(x, from); refused != nil {
+		s.refused(x, refused)
+	} else if a := s.cache.get(x.question, s.now()); a != nil {
+		x.event.Cached = true
+		s.answered(x, a)
 	}
-	if wire == nil {
-		return
+	return x
+}
+
+// lookUp answers what begin could not.
+func (s *server) lookUp(x *exchange) {
+	a, err := s.lookup(x.question)
+	switch {
+	case errors.Is(err, errBusy):
+		s.refused(x, &refusal{rcode: dns.RcodeServerFailure, verdict: Refused, reason: err.Error(), ede: dns.ExtendedErrorCodeNotReady})
+	case err != nil:
+		s.refused(x, &refusal{rcode: dns.RcodeServerFailure, verdict: Allowed, reason: err.Error(), ede: dns.ExtendedErrorCodeNetworkError})
+	default:
+		x.event.Upstream = a.upstream
+		s.answered(x, a)
 	}
-	if _, err := w.Write(wire); err != nil {
-		e.Reason = "the answer could not be sent"
+}
+
+// end sends the answer and logs the exchange.
+func (s *server) end(x *exchange, send func([]byte) error) {
+	if err := send(x.wire); err != nil {
+		x.event.Reason = "the answer could not be sent"
 	}
 	end := time.Now()
-	e.Time, e.Millis = end, float64(end.Sub(start).Microseconds())/1000
-	e.Name = strings.TrimSuffix(e.Name, ".")
-	s.log(e)
+	x.event.Time, x.event.Millis = end, float64(end.Sub(x.start).Microseconds())/1000
+	s.log(x.event)
 }
 
 // refuse returns how a query is to be answered that no name server will see, or nil.
-func (s *server) refuse(m *dns.Msg, opt *dns.OPT, from netip.Addr, name string) *refusal {
-	asked := m.Question[0]
+func (s *server) refuse(x *exchange, from netip.Addr) *refusal {
+	asked := x.query.Question[0]
 	switch {
 	case s.Guest.IsValid() && from != s.Guest:
 		return &stranger
-	case opt != nil && opt.Version() != 0:
+	case x.opt != nil && x.opt.Version() != 0:
 		return &badVers
 	case asked.Qclass != dns.ClassINET:
 		return &notIN
@@ -91,7 +122,7 @@ func (s *server) refuse(m *dns.Msg, opt *dns.OPT, from netip.Addr, name string) 
 	case asked.Qtype == dns.TypeNone || asked.Qtype == dns.TypeOPT || (asked.Qtype >= 128 && asked.Qtype <= 255):
 		return &transfer // 128–255 ask about more than a record: transfers, TSIG, TKEY (RFC 6895 3.1)
 	}
-	if ok, why := s.policy.Query(name, asked.Qtype); !ok {
+	if ok, why := s.policy.Query(x.question.name, asked.Qtype); !ok {
 		// NXDOMAIN and not REFUSED, because programs then fail at once; on REFUSED the C library says "try again".
 		return &refusal{rcode: dns.RcodeNameError, verdict: Refused, reason: why, ede: dns.ExtendedErrorCodeBlocked}
 	}
@@ -101,34 +132,18 @@ func (s *server) refuse(m *dns.Msg, opt *dns.OPT, from netip.Addr, name string) 
 	return nil
 }
 
-// resolve answers from the cache or from a name server.
-func (s *server) resolve(m *dns.Msg, opt *dns.OPT, udp bool, e *Event) []byte {
-	q := question{name: e.Name, qtype: m.Question[0].Qtype, cd: m.CheckingDisabled, do: opt != nil && opt.Do()}
-	a := s.cache.get(q, s.now())
-	if a != nil {
-		e.Cached = true
-	} else {
-		var err error
-		if a, err = s.lookup(q); err != nil {
-			ede := dns.ExtendedErrorCodeNetworkError
-			if errors.Is(err, errBusy) {
-				ede = dns.ExtendedErrorCodeNotReady
-			}
-			return s.refusalWire(m, opt, &refusal{rcode: dns.RcodeServerFailure, verdict: Allowed, reason: err.Error(), ede: ede}, e)
-		}
-		e.Upstream = a.upstream
-	}
-	e.RCode, e.Answers = rcodeName(a.rcode), a.texts
-	e.Reason = a.reason
-	s.Names.remember(strings.TrimSuffix(q.name, "."), a.addrs)
+// answered makes the exchange's answer from a name server's.
+func (s *server) answered(x *exchange, a *answer) {
+	x.event.RCode, x.event.Answers, x.event.Reason = rcodeName(a.rcode), a.texts, a.reason
+	s.Names.remember(x.event.Name, a.addrs)
 	limit := dns.MaxMsgSize
-	if udp {
+	if x.udp {
 		limit = dns.MinMsgSize
-		if opt != nil {
-			limit = min(max(limit, int(opt.UDPSize())), udpSize)
+		if x.opt != nil {
+			limit = min(max(limit, int(x.opt.UDPSize())), udpSize)
 		}
 	}
-	return a.reply(m, opt, limit, a.age(s.now()))
+	x.wire = a.reply(x.query, x.opt, limit, a.age(s.now()))
 }
 
 // lookup asks the name servers, once for all who wait for the same answer.
@@ -155,47 +170,36 @@ func (s *server) lookup(q question) (*answer, error) {
 	return v.(*answer), nil
 }
 
-// refusalWire encodes an answer without records. The extended error is only for who speaks EDNS (RFC 6891 7).
-func (s *server) refusalWire(m *dns.Msg, opt *dns.OPT, r *refusal, e *Event) []byte {
-	e.Verdict, e.Reason, e.RCode = r.verdict, r.reason, rcodeName(r.rcode)
+// refused makes the exchange's answer without records. The extended error is only for who speaks EDNS (RFC 6891 7).
+func (s *server) refused(x *exchange, r *refusal) {
+	x.event.Verdict, x.event.Reason, x.event.RCode = r.verdict, r.reason, rcodeName(r.rcode)
 	if r.rcode == dns.RcodeBadVers {
-		e.RCode = "BADVERS" // the number's other name is BADSIG
+		x.event.RCode = "BADVERS" // the number's other name is BADSIG
 	}
-	out := new(dns.Msg).SetRcode(m, r.rcode)
+	out := new(dns.Msg).SetRcode(x.query, r.rcode)
 	out.RecursionAvailable = true
-	if opt != nil {
-		answer := &dns.OPT{Hdr: dns.RR_Header{Name: ".", Rrtype: dns.TypeOPT}}
-		answer.SetUDPSize(udpSize)
-		if opt.Do() {
-			answer.SetDo()
+	if x.opt != nil {
+		opt := &dns.OPT{Hdr: dns.RR_Header{Name: ".", Rrtype: dns.TypeOPT}}
+		opt.SetUDPSize(udpSize)
+		if x.opt.Do() {
+			opt.SetDo()
 		}
 		if r.ede != 0 {
 			text := "clawvm: VM " + s.VM + ": " + r.reason
 			if r.verdict == Refused {
 				text = "clawvm: VM " + s.VM + " may not look up this name: " + r.reason
 			}
-			answer.Option = append(answer.Option, &dns.EDNS0_EDE{InfoCode: r.ede, ExtraText: text})
+			opt.Option = append(opt.Option, &dns.EDNS0_EDE{InfoCode: r.ede, ExtraText: text})
 		}
-		out.Extra = append(out.Extra, answer)
+		out.Extra = append(out.Extra, opt)
 	}
 	wire, err := out.Pack()
 	if err != nil {
-		// A name that could be read but not be written again; it gets no answer, like one that could not be read.
-		s.malformed(e.Proto, err)
-		return nil
+		// A name that could be read but can't be written again.
+		h := dns.Header{Id: x.query.Id}
+		wire = rejection(h, dns.RcodeFormatError)
 	}
-	return wire
-}
-
-// source returns who asks, and whether over UDP.
-func source(w dns.ResponseWriter) (netip.Addr, bool) {
-	switch a := w.RemoteAddr().(type) {
-	case *net.UDPAddr:
-		return a.AddrPort().Addr().Unmap(), true
-	case *net.TCPAddr:
-		return a.AddrPort().Addr().Unmap(), false
-	}
-	return netip.Addr{}, false
+	x.wire = wire
 }
 
 func typeName(t uint16) string { return dns.Type(t).String() }

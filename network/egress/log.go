@@ -2,7 +2,6 @@ package egress
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -91,19 +90,19 @@ func openLog(path string, opts LogOptions, write func(*os.File, []byte) (int, er
 // Write queues an event. It never waits for the disk: when 1 MiB waits already, the event is dropped, and counted in a
 // later event of kind "dropped". After Close it does nothing.
 func (l *Log) Write(e Event) {
-	e.Time = e.Time.UTC()
-	line, err := json.Marshal(e)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.closed {
 		return
 	}
-	if err != nil || len(line) >= maxLine || len(l.queue)+len(line)+1 > logQueue {
+	before := len(l.queue)
+	l.queue = append(e.appendJSON(l.queue), '\n')
+	if len(l.queue)-before > maxLine || len(l.queue) > logQueue {
+		l.queue = l.queue[:before]
 		l.dropped++
 		l.vm = e.VM
 		return
 	}
-	l.queue = append(append(l.queue, line...), '\n')
 	l.lines++
 	l.vm = e.VM
 	select {
@@ -144,10 +143,8 @@ func (l *Log) run() {
 			l.queue, l.lines, l.dropped = spare[:0], 0, 0
 			l.mu.Unlock()
 			if dropped > 0 {
-				// Events that fit the format always encode; this one has fixed fields.
-				if line, err := json.Marshal(Event{Time: time.Now().UTC(), VM: vm, Kind: KindDropped, Count: dropped, Reason: "the log could not keep up"}); err == nil {
-					batch = append(append(batch, line...), '\n')
-				}
+				e := Event{Time: time.Now(), VM: vm, Kind: KindDropped, Count: dropped, Reason: "the log could not keep up"}
+				batch = append(e.appendJSON(batch), '\n')
 			}
 			if len(batch) == 0 {
 				spare = batch

@@ -66,6 +66,18 @@ func TestLogLine(t *testing.T) {
 	}
 }
 
+func TestEncodingIsJSON(t *testing.T) {
+	for _, e := range append(printed, Event{}, Event{Name: "a\"b\\c<d>&\u2028\x7f", Answers: []string{"", "\xff"}, Count: 1<<64 - 1, Seconds: 1e6, Millis: 0.001}) {
+		want, err := json.Marshal(e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := e.appendJSON(nil); !bytes.Equal(got, want) {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+	}
+}
+
 func TestLogRotation(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "net.log")
 	opts := LogOptions{Size: minLogSize, Files: 3}

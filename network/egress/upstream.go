@@ -8,7 +8,7 @@ import (
 	mathrand "math/rand/v2"
 	"net"
 	"net/netip"
-	"strings"
+	"os"
 	"sync"
 	"time"
 
@@ -16,31 +16,32 @@ import (
 )
 
 const (
-	poolSockets  = 16               // ports that are in turn at least, so that a guess at one is seldom right
-	maxSockets   = 256              // of one name server at once: two for each query that may wait
-	socketUses   = 32               // queries of one port
-	socketAge    = 30 * time.Second // of one port
-	maxStray     = 32               // answers to other questions before someone is guessing; then TCP decides
-	readSize     = 4096             // more than was asked for: some servers don't look
-	firstBackoff = time.Second
-	maxBackoff   = 30 * time.Second
+	poolSockets    = 16               // ports in use at once, one of them by chance for each query
+	socketUses     = 64               // queries of one port
+	socketAge      = 30 * time.Second // of one port
+	maxStray       = 32               // answers that nobody waits for, on one port, before it counts as guessing; then TCP decides
+	maxUpstreamTCP = 64               // connections to one name server
+	readSize       = 4096             // more than was asked for: some servers don't look
+	firstBackoff   = time.Second
+	maxBackoff     = 30 * time.Second
 )
 
 var (
-	errSockets = errors.New("too many queries wait for this name server")
-	errClosed  = errors.New("the resolver is ending")
+	errConnections = errors.New("too many connections to this name server")
+	errClosed      = errors.New("the resolver is ending")
+	errTruncated   = errors.New("the answer was truncated")
 )
 
-// An upstream is one name server: its connected sockets, each with a port that the kernel chose at random, and its health.
+// An upstream is one name server: connected sockets, each with a port that the kernel chose at random, and its health.
 type upstream struct {
 	addr netip.AddrPort
 	name string
+	tcp  chan struct{} // one for each connection
 
-	mu     sync.Mutex
-	idle   []*socket
-	open   map[*socket]bool
-	busy   int
-	closed bool
+	mu      sync.Mutex
+	sockets [poolSockets]*socket
+	retired map[*socket]bool // no longer in the pool, but waited on
+	closed  bool
 
 	failures int
 	failedAt time.Time
@@ -48,11 +49,40 @@ type upstream struct {
 	probing  bool
 }
 
-// A socket waits for one answer at a time.
+// An attempt is a query put to one name server.
+type attempt struct {
+	up      *upstream
+	sock    *socket
+	id      uint16
+	query   []byte
+	results chan<- result // never full
+	at      time.Time     // when it was sent, by the forwarder's clock
+	sent    time.Time
+	over    bool
+}
+
+// A result is what an attempt came to: an encoded answer to its question, or an error.
+type result struct {
+	attempt *attempt
+	wire    []byte
+	err     error
+}
+
+// A socket is one port of ours.
 type socket struct {
 	net.Conn
-	uses int
+	up   *upstream
 	made time.Time
+
+	mu      sync.Mutex
+	waiting map[uint16]*attempt
+	uses    int
+	stray   int
+	done    bool // takes no more queries; closed when nobody waits
+}
+
+func newUpstream(addr netip.AddrPort) *upstream {
+	return &upstream{addr: addr, name: addr.String(), tcp: make(chan struct{}, maxUpstreamTCP), retired: map[*socket]bool{}}
 }
 
 func (u *upstream) healthy() bool {
@@ -90,77 +120,225 @@ func (u *upstream) failed(sent, now time.Time) {
 	u.failedAt = now
 }
 
-// exchange sends an encoded query under a random id and returns the answer to it, however it is spelled. Truncated answers
-// are asked for again over TCP.
-func (u *upstream) exchange(wire []byte, q question, deadline time.Time) (*dns.Msg, error) {
-	s, err := u.take()
-	if err != nil {
-		return nil, err
+// send puts a query, under a random id, to the name server. Its result comes later, unless it is forgotten before.
+func (u *upstream) send(a *attempt) error {
+	for {
+		s, err := u.socket()
+		if err != nil {
+			return err
+		}
+		ok, err := s.register(a)
+		if err != nil {
+			return err
+		}
+		if !ok {
+			continue // it was used up meanwhile
+		}
+		if _, err := s.Write(a.query); err != nil {
+			s.forget(a)
+			s.retire(err)
+			return err
+		}
+		return nil
 	}
-	m, err := ask(s, wire, q, deadline)
-	u.give(s, err == nil)
-	if errors.Is(err, errTruncated) {
-		return u.exchangeTCP(wire, q, deadline)
-	}
-	return m, err
 }
 
-var errTruncated = errors.New("the answer was truncated")
-
-func ask(s *socket, wire []byte, q question, deadline time.Time) (*dns.Msg, error) {
-	buf := make([]byte, readSize)
-	query := append(buf[:0], wire...)
-	id, err := randomID()
+// socket returns one of the pool's, by chance, and a new one in its place when it has been used enough.
+func (u *upstream) socket() (*socket, error) {
+	slot := mathrand.IntN(poolSockets)
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.closed {
+		return nil, errClosed
+	}
+	s := u.sockets[slot]
+	if s != nil && !s.usedUp() {
+		return s, nil
+	}
+	c, err := net.Dial("udp", u.name) // connects without a packet
 	if err != nil {
 		return nil, err
 	}
-	binary.BigEndian.PutUint16(query, id)
-	if err := s.SetDeadline(deadline); err != nil {
-		return nil, err
+	fresh := &socket{Conn: c, up: u, made: time.Now(), waiting: map[uint16]*attempt{}}
+	if err := c.SetReadDeadline(fresh.made.Add(socketAge)); err != nil {
+		return nil, errors.Join(err, c.Close())
 	}
-	if _, err := s.Write(query); err != nil {
-		return nil, err
+	if s != nil {
+		u.retired[s] = true
+		go s.retire(nil)
 	}
-	for range maxStray {
-		n, err := s.Read(buf)
+	u.sockets[slot] = fresh
+	go fresh.read()
+	return fresh, nil
+}
+
+func (s *socket) usedUp() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.done || s.uses >= socketUses || time.Since(s.made) >= socketAge
+}
+
+// register chooses the attempt's id and makes the socket wait for it; false when the socket takes no more.
+func (s *socket) register(a *attempt) (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.done {
+		return false, nil
+	}
+	for {
+		id, err := randomID()
 		if err != nil {
-			return nil, err
+			return false, err
 		}
-		if n < headerSize || binary.BigEndian.Uint16(buf) != id {
+		if s.waiting[id] != nil {
 			continue
 		}
-		if binary.BigEndian.Uint16(buf[2:])&(flagResponse|flagTruncated) == flagResponse|flagTruncated {
-			return nil, errTruncated
-		}
-		m := new(dns.Msg)
-		if m.Unpack(buf[:n]) == nil && isAnswer(m, id, q) {
-			return m, nil
-		}
+		a.id, a.sock = id, s
+		binary.BigEndian.PutUint16(a.query, id)
+		s.waiting[id] = a
+		s.uses++
+		return true, nil
 	}
-	return nil, errTruncated
 }
 
-func (u *upstream) exchangeTCP(wire []byte, q question, deadline time.Time) (*dns.Msg, error) {
-	if err := u.admit(); err != nil {
-		return nil, err
+// forget makes the socket no longer wait for an attempt.
+func (s *socket) forget(a *attempt) {
+	s.mu.Lock()
+	if s.waiting[a.id] == a {
+		delete(s.waiting, a.id)
 	}
-	defer u.leave()
+	end := s.done && len(s.waiting) == 0
+	s.mu.Unlock()
+	if end {
+		s.end()
+	}
+}
+
+// retire takes the socket out of use: at once with an error, which all who wait get, else when nobody waits any more.
+func (s *socket) retire(err error) {
+	s.mu.Lock()
+	s.done = true
+	if err != nil {
+		for _, a := range s.waiting {
+			a.results <- result{attempt: a, err: err}
+		}
+		clear(s.waiting)
+	}
+	end := len(s.waiting) == 0
+	s.mu.Unlock()
+	if end {
+		s.end()
+	}
+}
+
+// end closes the socket; its reader ends with it.
+func (s *socket) end() {
+	s.up.mu.Lock()
+	defer s.up.mu.Unlock()
+	for i, other := range s.up.sockets {
+		if other == s {
+			s.up.sockets[i] = nil
+		}
+	}
+	delete(s.up.retired, s)
+	s.Close() // nothing was written that closing could lose
+}
+
+// read hands answers to those who wait for them.
+func (s *socket) read() {
+	buf := make([]byte, readSize)
+	for {
+		n, err := s.Read(buf)
+		switch {
+		case errors.Is(err, os.ErrDeadlineExceeded):
+			// Its age. Who still waits is told when the lookup's own limit ends.
+			s.retire(nil)
+			if err := s.SetReadDeadline(time.Now().Add(lookupLimit)); err != nil {
+				return
+			}
+			continue
+		case err != nil:
+			s.retire(err)
+			return
+		}
+		if a := s.take(buf[:n]); a != nil {
+			r := result{attempt: a}
+			if binary.BigEndian.Uint16(buf[2:])&flagTruncated != 0 {
+				r.err = errTruncated
+			} else {
+				r.wire = append([]byte(nil), buf[:n]...)
+			}
+			a.results <- r
+		} else if s.guessed() {
+			s.retire(errTruncated)
+		}
+	}
+}
+
+// take returns the attempt that a packet answers, and ends its waiting; nil when it answers none.
+func (s *socket) take(wire []byte) *attempt {
+	if len(wire) < headerSize {
+		return nil
+	}
+	s.mu.Lock()
+	a := s.waiting[binary.BigEndian.Uint16(wire)]
+	s.mu.Unlock()
+	if a == nil || !answers(wire, a.query) {
+		return nil
+	}
+	s.forget(a)
+	return a
+}
+
+func (s *socket) guessed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stray++
+	return s.stray >= maxStray
+}
+
+// answers tells whether a message is a response with the query's id and question, however the name is spelled.
+func answers(wire, query []byte) bool {
+	question := query[headerSize : len(query)-optSize]
+	if len(wire) < headerSize+len(question) || wire[0] != query[0] || wire[1] != query[1] ||
+		wire[2]&0xf8 != flagResponse>>8 || binary.BigEndian.Uint16(wire[4:]) != 1 { // flags: a response, opcode 0
+		return false
+	}
+	for i, c := range question[:len(question)-4] {
+		// A length is never a letter: it is 63 at most.
+		if got := wire[headerSize+i]; got != c && (got|0x20 != c|0x20 || c|0x20 < 'a' || c|0x20 > 'z') {
+			return false
+		}
+	}
+	end := headerSize + len(question)
+	return string(wire[end-4:end]) == string(question[len(question)-4:])
+}
+
+// exchangeTCP puts an attempt's query over a connection of its own.
+func (u *upstream) exchangeTCP(a *attempt, deadline time.Time) {
+	select {
+	case u.tcp <- struct{}{}:
+		defer func() { <-u.tcp }()
+	default:
+		a.results <- result{attempt: a, err: errConnections}
+		return
+	}
 	d := net.Dialer{Deadline: deadline}
 	c, err := d.Dial("tcp", u.name)
 	if err != nil {
-		return nil, err
+		a.results <- result{attempt: a, err: err}
+		return
 	}
-	conn := dns.Conn{Conn: c}
-	m, err := askTCP(&conn, wire, q, deadline)
-	return m, errors.Join(err, conn.Close())
+	wire, err := askTCP(&dns.Conn{Conn: c}, a.query, deadline)
+	a.results <- result{attempt: a, wire: wire, err: errors.Join(err, c.Close())}
 }
 
-func askTCP(c *dns.Conn, wire []byte, q question, deadline time.Time) (*dns.Msg, error) {
-	query := append([]byte(nil), wire...)
+func askTCP(c *dns.Conn, query []byte, deadline time.Time) ([]byte, error) {
 	id, err := randomID()
 	if err != nil {
 		return nil, err
 	}
+	query = append([]byte(nil), query...)
 	binary.BigEndian.PutUint16(query, id)
 	if err := c.SetDeadline(deadline); err != nil {
 		return nil, err
@@ -168,19 +346,14 @@ func askTCP(c *dns.Conn, wire []byte, q question, deadline time.Time) (*dns.Msg,
 	if _, err := c.Write(query); err != nil {
 		return nil, err
 	}
-	m, err := c.ReadMsg()
+	wire, err := c.ReadMsgHeader(nil)
 	if err != nil {
 		return nil, err
 	}
-	if !isAnswer(m, id, q) {
+	if !answers(wire, query) {
 		return nil, errors.New("the answer is to another question")
 	}
-	return m, nil
-}
-
-func isAnswer(m *dns.Msg, id uint16, q question) bool {
-	return m.Id == id && m.Response && m.Opcode == dns.OpcodeQuery && len(m.Question) == 1 &&
-		m.Question[0].Qtype == q.qtype && m.Question[0].Qclass == dns.ClassINET && strings.EqualFold(m.Question[0].Name, q.name)
+	return wire, nil
 }
 
 func randomID() (uint16, error) {
@@ -191,87 +364,21 @@ func randomID() (uint16, error) {
 	return binary.BigEndian.Uint16(b[:]), nil
 }
 
-// admit counts one more exchange, or says that there are too many.
-func (u *upstream) admit() error {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	switch {
-	case u.closed:
-		return errClosed
-	case u.busy >= maxSockets:
-		return errSockets
-	}
-	u.busy++
-	return nil
-}
-
-func (u *upstream) leave() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.busy--
-}
-
-// take returns a socket for one exchange: one of the idle ones by chance, when there are enough of them.
-func (u *upstream) take() (*socket, error) {
-	if err := u.admit(); err != nil {
-		return nil, err
-	}
-	u.mu.Lock()
-	for len(u.open) >= poolSockets && len(u.idle) > 0 {
-		i := mathrand.IntN(len(u.idle))
-		s := u.idle[i]
-		last := len(u.idle) - 1
-		u.idle[i], u.idle[last] = u.idle[last], nil
-		u.idle = u.idle[:last]
-		if s.uses < socketUses && time.Since(s.made) < socketAge {
-			u.mu.Unlock()
-			return s, nil
-		}
-		delete(u.open, s)
-		s.Close() // nothing was written that it could lose; so below
-	}
-	u.mu.Unlock()
-	c, err := net.Dial("udp", u.name)
-	if err != nil {
-		u.leave()
-		return nil, err
-	}
-	s := &socket{Conn: c, made: time.Now()}
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.closed {
-		u.busy--
-		return nil, errors.Join(errClosed, c.Close())
-	}
-	u.open[s] = true
-	return s, nil
-}
-
-// give returns a socket; one whose exchange failed may still receive the answer, so it is closed.
-func (u *upstream) give(s *socket, worked bool) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.busy--
-	s.uses++
-	if worked && !u.closed && s.uses < socketUses && len(u.idle) < 2*poolSockets {
-		u.idle = append(u.idle, s)
-		return
-	}
-	if !u.open[s] {
-		return // close has closed it
-	}
-	delete(u.open, s)
-	s.Close()
-}
-
-// close ends all exchanges: those that wait on a socket return an error.
+// close ends everything; who waits gets an error.
 func (u *upstream) close() {
 	u.mu.Lock()
-	defer u.mu.Unlock()
 	u.closed = true
-	u.idle = nil
-	for s := range u.open {
-		s.Close()
+	var all []*socket
+	for _, s := range u.sockets {
+		if s != nil {
+			all = append(all, s)
+		}
 	}
-	clear(u.open)
+	for s := range u.retired {
+		all = append(all, s)
+	}
+	u.mu.Unlock()
+	for _, s := range all {
+		s.retire(errClosed)
+	}
 }

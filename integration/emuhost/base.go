@@ -22,7 +22,7 @@ import (
 const (
 	suite = "trixie"
 	// format is part of the cache's key: another layout of a Base is another number.
-	format = 1
+	format = 2
 	// rootSize is the server's disk. It is sparse, so that only what is written costs anything.
 	rootSize = "12G"
 	// rootDisk is the last file of a base that comes to its place: with it the base is complete.
@@ -35,7 +35,7 @@ const (
 
 // Base is what emulated hosts of one kind are booted from; it lies in the cache, complete or not at all.
 type Base struct {
-	dir string // root.ext4, vmlinuz, modules/, qemu/
+	dir string // root.ext4, kernel/, qemu/
 }
 
 // CacheDir is where bases are kept.
@@ -93,6 +93,12 @@ func (b *Base) complete() bool {
 	now := time.Now()
 	return os.Chtimes(filepath.Join(b.dir, rootDisk), now, now) == nil
 }
+
+// KernelDir is a directory with the server's kernel, vmlinuz-RELEASE, and lib/modules/RELEASE: Debian 13's kernel for
+// virtual machines, which guests can boot too.
+func (b *Base) KernelDir() string { return filepath.Join(b.dir, "kernel") }
+
+func (b *Base) qemu() string { return filepath.Join(b.dir, "qemu") }
 
 // key names a set of packages and a month, so that a root has at most a month's old packages.
 func key(packages []string, now time.Time) string {
@@ -171,6 +177,7 @@ func sweep(cache, name string) error {
 
 // build makes a base in dir: the root by mmdebstrap, its disk, and out of it the kernel and QEMU.
 func build(ctx context.Context, dir string, packages []string) error {
+	b := Base{dir}
 	root := filepath.Join(dir, "root")
 	mirror, err := mirror(ctx)
 	if err != nil {
@@ -191,10 +198,10 @@ func build(ctx context.Context, dir string, packages []string) error {
 	if out, err := run(ctx, "mke2fs", "-q", "-t", "ext4", "-L", "emuhost", "-d", root, disk, rootSize); err != nil {
 		return fmt.Errorf("cannot make the disk: %w: %s", err, lastLines(out, 5))
 	}
-	if err := extractKernel(dir, root); err != nil {
+	if err := extractKernel(b.KernelDir(), root); err != nil {
 		return err
 	}
-	if err := extractQEMU(ctx, filepath.Join(dir, "qemu"), root); err != nil {
+	if err := extractQEMU(ctx, b.qemu(), root); err != nil {
 		return err
 	}
 	if err := os.RemoveAll(root); err != nil {

@@ -58,7 +58,11 @@ func (b *Base) Boot(ctx context.Context, o Options) (*Host, error) {
 
 func (b *Base) start(ctx context.Context, o Options, work string) (*Host, error) {
 	initrd := filepath.Join(work, "initrd")
-	if err := b.writeInitramfs(ctx, initrd); err != nil {
+	kernel, modules, err := kernelFiles(b.KernelDir())
+	if err != nil {
+		return nil, err
+	}
+	if err := writeInitramfs(ctx, initrd, modules); err != nil {
 		return nil, err
 	}
 	disk, snapshot := filepath.Join(b.dir, rootDisk), "on"
@@ -78,7 +82,7 @@ func (b *Base) start(ctx context.Context, o Options, work string) (*Host, error)
 		return nil, err
 	}
 	h := &Host{work: work, conn: conn, stderr: &tail{limit: 4 << 10}, console: &tail{limit: 64 << 10, to: o.Console}, done: make(chan struct{})}
-	cmd := b.command(o, initrd, disk, snapshot)
+	cmd := b.command(o, kernel, initrd, disk, snapshot)
 	cmd.Stdout = h.console
 	cmd.Stderr = h.stderr
 	cmd.ExtraFiles = []*os.File{theirs}
@@ -101,8 +105,8 @@ func (b *Base) start(ctx context.Context, o Options, work string) (*Host, error)
 }
 
 // command is QEMU with the root's own libraries and firmware.
-func (b *Base) command(o Options, initrd, disk, snapshot string) *exec.Cmd {
-	qemu := filepath.Join(b.dir, "qemu")
+func (b *Base) command(o Options, kernel, initrd, disk, snapshot string) *exec.Cmd {
+	qemu := b.qemu()
 	accel := []string{"-accel", "tcg,thread=multi"}
 	if o.InstructionClock {
 		accel = []string{"-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on"}
@@ -111,7 +115,7 @@ func (b *Base) command(o Options, initrd, disk, snapshot string) *exec.Cmd {
 		"-L", filepath.Join(qemu, "firmware"), "-name", "emuhost", "-M", "q35", "-cpu", "EPYC,+svm",
 		"-smp", strconv.Itoa(o.VCPUs), "-m", strconv.Itoa(o.MemoryMB),
 		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-no-reboot", "-serial", "stdio",
-		"-kernel", filepath.Join(b.dir, "vmlinuz"), "-initrd", initrd, "-append", cmdline,
+		"-kernel", kernel, "-initrd", initrd, "-append", cmdline,
 		"-drive", "file=" + disk + ",format=raw,if=virtio,cache=unsafe,discard=unmap,snapshot=" + snapshot,
 		"-device", "virtio-rng-pci",
 		"-device", "virtio-serial-pci", "-chardev", "socket,id=control,fd=3",
@@ -123,22 +127,18 @@ func (b *Base) command(o Options, initrd, disk, snapshot string) *exec.Cmd {
 }
 
 // writeInitramfs writes the archive that holds the program that is init here and serves there, and the modules.
-func (b *Base) writeInitramfs(ctx context.Context, path string) (err error) {
+func writeInitramfs(ctx context.Context, path string, modules []string) error {
 	program, err := buildInside(ctx)
 	if err != nil {
 		return err
 	}
 	records := []cpio.Record{cpio.Directory("modules", 0o755), cpio.StaticFile("init", string(program), 0o755)}
-	modules, err := os.ReadDir(filepath.Join(b.dir, "modules"))
-	if err != nil {
-		return err
-	}
-	for _, m := range modules {
-		content, err := os.ReadFile(filepath.Join(b.dir, "modules", m.Name()))
+	for i, m := range modules {
+		content, err := os.ReadFile(m)
 		if err != nil {
 			return err
 		}
-		records = append(records, cpio.StaticFile("modules/"+m.Name(), string(content), 0o644))
+		records = append(records, cpio.StaticFile(fmt.Sprintf("modules/%02d-%s", i, filepath.Base(m)), string(content), 0o644))
 	}
 	var archive bytes.Buffer
 	w := cpio.Newc.Writer(&archive)

@@ -20,36 +20,52 @@ const loader = "ld-linux-x86-64.so.2"
 // built into Debian's cloud kernel.
 var bootModules = []string{"virtio_blk"}
 
-// extractKernel copies the root's kernel and the modules that booting takes to dir.
+// extractKernel copies the root's kernel with its modules to dir, laid out as a package has them.
 func extractKernel(dir, root string) error {
 	kernels, err := filepath.Glob(filepath.Join(root, "boot/vmlinuz-*"))
 	if err != nil || len(kernels) == 0 {
 		return fmt.Errorf("the root has no kernel: %v", err)
 	}
 	kernel := kernels[len(kernels)-1]
-	if err := copyTo(filepath.Join(dir, "vmlinuz"), kernel); err != nil {
+	if err := copyTo(filepath.Join(dir, filepath.Base(kernel)), kernel); err != nil {
 		return err
 	}
-	release := strings.TrimPrefix(filepath.Base(kernel), "vmlinuz-")
-	for i, name := range bootModules {
+	modules := filepath.Join("lib/modules", strings.TrimPrefix(filepath.Base(kernel), "vmlinuz-"))
+	return filepath.WalkDir(filepath.Join(root, modules), func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		rel, err := filepath.Rel(root, path)
+		if err != nil {
+			return err
+		}
+		return copyTo(filepath.Join(dir, rel), path)
+	})
+}
+
+// kernelFiles finds the kernel's image and the modules that booting takes, in their order.
+func kernelFiles(dir string) (image string, modules []string, err error) {
+	images, err := filepath.Glob(filepath.Join(dir, "vmlinuz-*"))
+	if err != nil || len(images) != 1 {
+		return "", nil, fmt.Errorf("%s does not have one kernel: %v", dir, err)
+	}
+	for _, name := range bootModules {
 		found := ""
-		err := filepath.WalkDir(filepath.Join(root, "usr/lib/modules", release), func(path string, d fs.DirEntry, err error) error {
+		err := filepath.WalkDir(filepath.Join(dir, "lib/modules"), func(path string, d fs.DirEntry, err error) error {
 			if err == nil && strings.HasPrefix(d.Name(), name+".ko") {
 				found = path
 			}
 			return err
 		})
 		if err != nil {
-			return err
+			return "", nil, err
 		}
 		if found == "" {
-			return fmt.Errorf("kernel %s has no module %s", release, name)
+			return "", nil, fmt.Errorf("%s has no module %s", dir, name)
 		}
-		if err := copyTo(filepath.Join(dir, "modules", fmt.Sprintf("%02d-%s", i, filepath.Base(found))), found); err != nil {
-			return err
-		}
+		modules = append(modules, found)
 	}
-	return nil
+	return images[0], modules, nil
 }
 
 var libraryLine = regexp.MustCompile(`=> (/\S+) \(0x|^\s+(/\S+) \(0x`)

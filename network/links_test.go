@@ -325,6 +325,9 @@ func TestPortHalfMade(t *testing.T) {
 	if !errors.Is(err, broken) {
 		t.Error(err)
 	}
+	if l, err := findLink("tap-half"); l != nil || err != nil {
+		t.Error("the TAP is there still:", l, err)
+	}
 	must(t, testBridge.RemovePort(Port{VM: "half", TAP: "tap-half", Address: openGuest.Address}))
 	if after := linksNow(t); after != before {
 		t.Errorf("left over:\n%snot\n%s", after, before)

@@ -437,6 +437,38 @@ func TestManyAtOnce(t *testing.T) {
 	}
 }
 
+// Of those who find nothing and make the shared tables at the same time, one does.
+func TestFirstAtOnce(t *testing.T) {
+	if !isolated(t) {
+		return
+	}
+	r := testRules(t, testBridge)
+	for round := range 20 {
+		const vms = 6
+		guest := func(i int) Guest {
+			return Guest{VM: fmt.Sprintf("vm%d", i), Address: netip.AddrFrom4([4]byte{192, 168, 83, byte(10 + i)}), Egress: EgressOpen}
+		}
+		var wg sync.WaitGroup
+		errs, start := make([]error, vms), make(chan struct{})
+		for i := range vms {
+			wg.Add(1)
+			go func() {
+				defer wg.Done()
+				<-start
+				errs[i] = r.Ensure(guest(i))
+			}()
+		}
+		close(start)
+		wg.Wait()
+		for i := range vms {
+			if errs[i] != nil || !get(r.Present(guest(i)))(t) {
+				t.Fatalf("round %d: vm%d: %v\n%s", round, i, errs[i], rulesNow(t))
+			}
+		}
+		must(t, removeTables(testBridge.Owner))
+	}
+}
+
 // What a change costs with one VM there and with hundreds. Nothing is asserted: it
 // is for the reader of `go test -v`.
 func TestCostOfAChange(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -65,6 +66,16 @@ func TestTraffic(t *testing.T) {
 	v.serve(t, "guest", "0.0.0.0:18789")
 	up.serve(t, "lan", router+":80")
 
+	// No redirect leaves the host for a guest, whatever the host's parameters say; other ICMP does.
+	raw := get(unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMP))(t)
+	defer unix.Close(raw)
+	icmp := func(typ byte) error {
+		return unix.Sendto(raw, []byte{typ, 0, ^typ, 0xff, 0, 0, 0, 0}, 0, &unix.SockaddrInet4{Addr: openGuest.Address.As4()})
+	}
+	must(t, icmp(0)) // an answer to a ping
+	if err := icmp(icmpTypeRedirect); !errors.Is(err, unix.EPERM) {
+		t.Errorf("a redirect was sent: %v", err)
+	}
 	// Out: behind the uplink's address, logged.
 	v.answers(t, "tcp", server+":80", "server "+hostUplink)
 	v.answers(t, "udp", server+":80", "server "+hostUplink)
@@ -126,13 +137,6 @@ func TestTraffic(t *testing.T) {
 	g.NoGateway = true
 	must(t, r.Ensure(g))
 	other.refuses(t, "tcp", server+":80")
-	// Nothing is sent to a guest to look for its neighbour by itself.
-	v.watch(t, func(f []byte) {
-		if len(f) > 34 && f[12] == 8 && f[13] == 0 && f[23] == unix.IPPROTO_ICMP && f[34] == icmpTypeRedirect {
-			t.Error("an ICMP redirect was sent")
-		}
-	})
-	v.refuses(t, "udp", "192.168.83.20:81")
 }
 
 // Others' forwarding of the host's ports (Docker's published ones) isn't a way around.
@@ -216,11 +220,12 @@ func TestConnectionSurvivesChanges(t *testing.T) {
 	closed := openGuest
 	closed.Egress = EgressNone
 	must(t, r.Ensure(closed))
-	if _, err := c.Write([]byte{1}); err != nil {
-		t.Fatal(err)
+	_, err = c.Write([]byte{1}) // an acknowledgement may have brought the reset already
+	if err == nil {
+		_, err = c.Read(make([]byte, 1))
 	}
-	if _, err := c.Read(make([]byte, 1)); err == nil {
-		t.Error("a connection goes on after egress was closed")
+	if !errors.Is(err, unix.ECONNRESET) {
+		t.Errorf("after egress was closed: %v", err)
 	}
 }
 
@@ -331,7 +336,7 @@ func TestSpoofing(t *testing.T) {
 	}
 
 	// A TAP that is on the bridge but in no set: dropped by the inet table, which misses the mark.
-	must(t, r.Remove(openGuest.VM, openGuest.Address))
+	nft(t, "delete", "element", "bridge", "clawvm_v1_0a1b2c3d", "taps", `{ "clawc0a8530a" }`)
 	must(t, v.inject(frame("unpinned")))
 	must(t, r.Ensure(openGuest))
 	must(t, v.inject(good))

@@ -11,6 +11,7 @@ import (
 // Command is the command that runs a VMM for m: as m's user with m's groups and no others, in a session of its own
 // (so that a ^C on the terminal does not reach it), with an environment that holds nothing, standard input
 // from /dev/null, the guest's console as standard output and stderr as standard error.
+// It starts in the caller's working directory, from which m's relative paths are meant.
 // The uid is set before exec, since a VMM that forbids itself to change it cannot do so later.
 func Command(m *Machine, path string, args []string, stderr *Tail) *exec.Cmd {
 	groups := make([]uint32, 0, len(m.Groups))
@@ -18,7 +19,6 @@ func Command(m *Machine, path string, args []string, stderr *Tail) *exec.Cmd {
 		groups = append(groups, uint32(g))
 	}
 	cmd := exec.Command(path, args...)
-	cmd.Dir = "/"
 	cmd.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C"}
 	if m.Console != nil {
 		cmd.Stdout = m.Console

@@ -1,0 +1,80 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/clawvm/clawvm/host"
+)
+
+// defaultDown is the guest's grace: the workload's 30 s and what init needs.
+const defaultDown = 40 * time.Second
+
+// downSlack is what taking a VM down takes beyond the guest's grace, at most:
+// power button, VMM, gate, rules.
+const downSlack = 20 * time.Second
+
+func timeoutFlag() cli.Flag {
+	return &cli.DurationFlag{Name: "timeout", Aliases: []string{"t"}, Value: defaultDown, Usage: "give the guest `TIME` to end by itself"}
+}
+
+func downCommand() *cli.Command {
+	return &cli.Command{
+		Name: "down", Usage: "take VMs down", ArgsUsage: "NAME...",
+		Flags: []cli.Flag{timeoutFlag()},
+		Action: func(c *cli.Context) error {
+			l, err := privileged(c)
+			if err != nil {
+				return err
+			}
+			names, err := someNames(c)
+			if err != nil {
+				return err
+			}
+			return downAll(c.Context, l, names, c.Duration("timeout"), true)
+		},
+	}
+}
+
+// downAll takes VMs down side by side. One that is down already is said, and is
+// no error.
+func downAll(ctx context.Context, l host.Layout, names []string, grace time.Duration, say bool) error {
+	errs := make([]error, len(names))
+	var wg sync.WaitGroup
+	for i, n := range names {
+		wg.Go(func() { errs[i] = downOne(ctx, l, n, grace, say) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func downOne(ctx context.Context, l host.Layout, name string, grace time.Duration, say bool) error {
+	if _, err := host.Look(ctx, l, name); err != nil {
+		return err
+	}
+	began := time.Now()
+	err := l.Dial(name).Down(ctx, grace)
+	if errors.Is(err, host.ErrNotRunning) {
+		if say {
+			fmt.Printf("%s is down already\n", name)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, grace+downSlack)
+	defer cancel()
+	if err := host.WaitDown(ctx, l, name); err != nil {
+		return err
+	}
+	if say {
+		fmt.Printf("%s is down after %s\n", name, human(time.Since(began)))
+	}
+	return nil
+}

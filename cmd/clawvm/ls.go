@@ -1,0 +1,86 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/clawvm/clawvm/config"
+	"github.com/clawvm/clawvm/host"
+)
+
+func lsCommand() *cli.Command {
+	return &cli.Command{
+		Name: "ls", Aliases: []string{"ps", "list"}, Usage: "list the VMs",
+		Flags: []cli.Flag{jsonFlag(), &cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print names only"}},
+		Action: func(c *cli.Context) error {
+			l, err := privileged(c)
+			if err != nil {
+				return err
+			}
+			entries, err := host.List(c.Context, l)
+			if err != nil {
+				return err
+			}
+			switch {
+			case c.Bool("json"):
+				return printJSON(entries)
+			case c.Bool("quiet"):
+				for _, e := range entries {
+					fmt.Println(e.Name)
+				}
+				return nil
+			}
+			w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
+			fmt.Fprintln(w, "NAME\tSTATE\tHEALTH\tVMM\tADDRESS\tCPUS\tMEMORY\tPORTS\tUPTIME")
+			for _, e := range entries {
+				uptime := "-"
+				if up := e.Uptime(); up > 0 {
+					uptime = human(up)
+				}
+				fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Name, e.State, dash(e.Health), dash(e.VMM), dash(e.Address),
+					dash(number(e.VCPUs)), dash(size(e.Memory)), dash(strings.Join(e.Ports, ", ")), uptime)
+			}
+			if err := w.Flush(); err != nil {
+				return err
+			}
+			for _, e := range entries {
+				if e.Problem != "" {
+					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, e.Problem)
+				}
+			}
+			return nil
+		},
+	}
+}
+
+func printJSON(v any) error {
+	enc := json.NewEncoder(os.Stdout)
+	enc.SetIndent("", "  ")
+	return enc.Encode(v)
+}
+
+func dash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func number(n int) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprint(n)
+}
+
+func size(bytes int64) string {
+	if bytes == 0 {
+		return ""
+	}
+	return config.Size(bytes).String()
+}

@@ -1,0 +1,34 @@
+package main
+
+import (
+	"github.com/urfave/cli/v2"
+
+	"github.com/clawvm/clawvm/host"
+)
+
+func restartCommand() *cli.Command {
+	return &cli.Command{
+		Name: "restart", Usage: "take VMs down, and up again", ArgsUsage: "NAME...",
+		Description: "A declaration that can't come up again is said before anything is taken down.",
+		Flags:       []cli.Flag{timeoutFlag()},
+		Action: func(c *cli.Context) error {
+			l, err := privileged(c)
+			if err != nil {
+				return err
+			}
+			names, err := someNames(c)
+			if err != nil {
+				return err
+			}
+			for _, n := range names {
+				if err := host.Check(c.Context, l, n); err != nil {
+					return err
+				}
+			}
+			if err := downAll(c.Context, l, names, c.Duration("timeout"), false); err != nil {
+				return err
+			}
+			return upAll(c.Context, l, names, true)
+		},
+	}
+}

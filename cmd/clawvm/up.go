@@ -1,0 +1,188 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/clawvm/clawvm/host"
+)
+
+func upCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "up",
+		Usage:     "bring VMs up and wait until they are ready",
+		ArgsUsage: "FILE|NAME...",
+		Description: "A FILE is a declaration called NAME.yaml; up links it among the declarations.\n" +
+			"A VM that is up stays as it is.",
+		Flags: []cli.Flag{
+			&cli.DurationFlag{Name: "timeout", Usage: "stop waiting after `TIME` (exit code 124); the VM goes on"},
+			&cli.BoolFlag{Name: "no-wait", Usage: "return when the start has begun"},
+		},
+		Action: func(c *cli.Context) error {
+			l, err := privileged(c)
+			if err != nil {
+				return err
+			}
+			if !c.Args().Present() {
+				return usageError{errors.New("clawvm up wants a declaration's file or the name of a VM")}
+			}
+			var names []string
+			for _, arg := range c.Args().Slice() {
+				name, err := declared(l, arg)
+				if err != nil {
+					return err
+				}
+				names = append(names, name)
+			}
+			ctx := c.Context
+			if t := c.Duration("timeout"); t > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeoutCause(ctx, t, errWaited{t})
+				defer cancel()
+			}
+			return upAll(ctx, l, names, !c.Bool("no-wait"))
+		},
+	}
+}
+
+// errWaited is the cause of a wait that ended by --timeout.
+type errWaited struct{ after time.Duration }
+
+func (e errWaited) Error() string { return fmt.Sprintf("not ready within %s", e.after) }
+
+// declared returns the name of the VM that an argument of up stands for.
+func declared(l host.Layout, arg string) (string, error) {
+	if strings.ContainsRune(arg, '/') || strings.HasSuffix(arg, ".yaml") || strings.HasSuffix(arg, ".yml") || strings.HasSuffix(arg, ".json") {
+		return host.Declare(l, arg)
+	}
+	name, err := validName(arg)
+	if err != nil {
+		return "", err
+	}
+	_, err = l.Declaration(name)
+	return name, err
+}
+
+// upAll brings VMs up side by side.
+func upAll(ctx context.Context, l host.Layout, names []string, wait bool) error {
+	// All that is wrong is said before anything is started.
+	var errs []error
+	for _, n := range names {
+		if _, err := l.Dial(n).Status(ctx); errors.Is(err, host.ErrNotRunning) {
+			errs = append(errs, host.Check(ctx, l, n))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	screen := newScreen(os.Stdout, len(names) > 1)
+	errs = make([]error, len(names))
+	var wg sync.WaitGroup
+	for i, n := range names {
+		wg.Go(func() { errs[i] = upOne(ctx, l, n, wait, screen) })
+	}
+	wg.Wait()
+	return errors.Join(errs...)
+}
+
+func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *screen) error {
+	began := time.Now()
+	started, err := host.Launch(ctx, l, name)
+	if err != nil {
+		return err
+	}
+	if !started {
+		st, err := l.Dial(name).Status(ctx)
+		if err != nil {
+			return err
+		}
+		if st.State == host.Running {
+			screen.say(name, fmt.Sprintf("%s is up already (for %s)", name, human(time.Since(st.Started))))
+			return nil
+		}
+	}
+	if !wait {
+		return nil
+	}
+	show := screen.follow(name, l.VM(name).WorkloadLog())
+	last, err := l.Dial(name).Follow(ctx, show.step)
+	show.end()
+	if err != nil {
+		if waited, ok := context.Cause(ctx).(errWaited); ok {
+			return &host.CodedError{Code: host.ExitTimeout, Err: fmt.Errorf("VM %s is %w; it goes on starting: %s status %s shows it, %s down %s ends it",
+				name, waited, self(l), name, self(l), name)}
+		}
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return fmt.Errorf("interrupted: VM %s goes on starting; %s down %s ends it", name, self(l), name)
+		}
+		// The supervisor was killed, or ended in between.
+		last = host.Progress{State: host.VMEnded, Text: err.Error()}
+	}
+	if last.State == host.VMEnded {
+		return failed(ctx, l, name, last.Text)
+	}
+	screen.say(name, nextSteps(ctx, l, name, time.Since(began)))
+	return nil
+}
+
+// lastLines is how much of a guest's logs is shown when a start fails.
+const lastLines = 15
+
+// failed explains a start that failed: the error, and the ends of what the guest
+// said.
+func failed(ctx context.Context, l host.Layout, name, why string) error {
+	var b strings.Builder
+	if why == "" {
+		why = "VM " + name + " was taken down while it started"
+	}
+	b.WriteString(why)
+	p := l.VM(name)
+	for _, log := range []struct{ what, path string }{
+		{"the console", p.ConsoleLog()}, {"the workload", p.WorkloadLog()}, {"the VMM", p.VMMLog()},
+	} {
+		lines, err := host.Tail(log.path, lastLines)
+		if err != nil {
+			fmt.Fprintf(&b, "\n(cannot read %s: %v)", log.path, err)
+		}
+		if len(lines) > 0 {
+			fmt.Fprintf(&b, "\nthe end of what %s said (%s):", log.what, log.path)
+			for _, line := range lines {
+				b.WriteString("\n  | " + line)
+			}
+		}
+	}
+	code := host.ExitFailed
+	if e, err := host.Look(ctx, l, name); err == nil && e.End.Failed() {
+		code = e.End.Code
+	}
+	return &host.CodedError{Code: code, Err: errors.New(b.String())}
+}
+
+// nextSteps is what a user needs when a VM is ready.
+func nextSteps(ctx context.Context, l host.Layout, name string, took time.Duration) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s is ready after %s\n", name, human(took))
+	st, err := l.Dial(name).Status(ctx)
+	if err != nil {
+		return b.String()
+	}
+	fmt.Fprintf(&b, "  address    %s\n", st.Address)
+	for _, p := range st.Ports {
+		fmt.Fprintf(&b, "  published  %s\n", p)
+	}
+	for _, hint := range host.Hints(l, name) {
+		fmt.Fprintf(&b, "  try        %s\n", hint)
+	}
+	me := self(l)
+	fmt.Fprintf(&b, "  look       %s ls · %s logs -f %s · %s net -f %s\n", me, me, name, me, name)
+	fmt.Fprintf(&b, "  enter      %s shell %s · %s exec %s -- id\n", me, name, me, name)
+	fmt.Fprintf(&b, "  end        %s down %s", me, name)
+	return b.String()
+}

@@ -1,0 +1,235 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/config"
+	"github.com/clawvm/clawvm/guest/kernel"
+	"github.com/clawvm/clawvm/secrets"
+	"github.com/clawvm/clawvm/storage"
+	"github.com/clawvm/clawvm/vmm"
+	"github.com/clawvm/clawvm/vmm/cloudhypervisor"
+	"github.com/clawvm/clawvm/vmm/qemu"
+)
+
+// Check does the first steps of up, those that change nothing: it says what is
+// wrong with a VM's declaration, or missing on the host.
+func Check(ctx context.Context, l Layout, name string) error {
+	s := &Supervisor{layout: l, paths: l.VM(name), name: name, journal: newJournal(), log: log.New(io.Discard, "", 0)}
+	life := &life{Supervisor: s}
+	for _, st := range steps() {
+		if st.phase != phaseCheck {
+			return nil
+		}
+		if err := st.do(life, ctx); err != nil {
+			return fmt.Errorf("VM %s: %s: %w", name, st.name, err)
+		}
+	}
+	return nil
+}
+
+// loadDeclaration reads the host's settings and the declaration.
+func (l *life) loadDeclaration(context.Context) error {
+	var err error
+	if l.hostConfig, err = config.LoadHost(l.layout.HostConfig()); err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	file, err := l.layout.Declaration(l.name)
+	if err != nil {
+		return err
+	}
+	if l.vm, err = config.Load(file, l.hostConfig); err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	var info unix.Sysinfo_t
+	if err := unix.Sysinfo(&info); err != nil {
+		return fmt.Errorf("cannot ask for the host's memory: %w", err)
+	}
+	if have := int64(info.Totalram) * int64(info.Unit); int64(l.vm.Memory) > have {
+		return coded(ExitDeclaration, fmt.Errorf("%s: memory: %s is more than the %s that this host has; declare less",
+			l.vm.File, l.vm.Memory, config.Size(have>>20<<20)))
+	}
+	l.update(func(st *Status) {
+		st.VCPUs, st.Memory = l.vm.VCPUs, int64(l.vm.Memory)
+		st.Ports = nil
+		for _, p := range l.vm.Ports {
+			st.Ports = append(st.Ports, portText(p))
+		}
+	})
+	return nil
+}
+
+// portText is a published port as docker prints it.
+func portText(p config.Port) string {
+	return fmt.Sprintf("%s:%d->%d/tcp", p.HostAddress, p.HostPort, p.GuestPort)
+}
+
+// checkSecrets looks at every source, so that a missing secret stops the start
+// before anything is made.
+func (l *life) checkSecrets(context.Context) error {
+	l.secrets = declaredSecrets(l.vm)
+	return coded(ExitDeclaration, secrets.Check(l.paths.KeptSecrets(), l.secrets))
+}
+
+// declaredSecrets are a declaration's secrets, without the numbers of their
+// owners, which only the image knows.
+func declaredSecrets(vm *config.VM) []secrets.Secret {
+	var list []secrets.Secret
+	for _, s := range vm.Secrets {
+		list = append(list, secrets.Secret{
+			Name: s.Name, File: s.File, Generate: s.Generate, Stdin: s.Stdin, Mode: os.FileMode(s.Mode),
+		})
+	}
+	return list
+}
+
+// Secrets are the secrets that the declaration of VM name has.
+func Secrets(l Layout, name string) ([]secrets.Secret, error) {
+	hostConfig, err := config.LoadHost(l.HostConfig())
+	if err != nil {
+		return nil, coded(ExitDeclaration, err)
+	}
+	file, err := l.Declaration(name)
+	if err != nil {
+		return nil, err
+	}
+	vm, err := config.Load(file, hostConfig)
+	if err != nil {
+		return nil, coded(ExitDeclaration, err)
+	}
+	return declaredSecrets(vm), nil
+}
+
+// user is who the workload runs as.
+type user struct {
+	name     string
+	uid, gid int
+}
+
+// openImage finds the image in the store, checks it against its manifest, and
+// looks up the users that the declaration names.
+func (l *life) openImage(context.Context) error {
+	store := storage.Store{Dir: l.layout.Store()}
+	var err error
+	if l.image, err = store.Open(l.vm.Image); err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	l.update(func(st *Status) { st.Image = l.image.Digest })
+	if l.user, err = l.lookUp(workloadUser(l.vm)); err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	for i, s := range l.vm.Secrets {
+		owner := l.user
+		if s.Owner != "" {
+			if owner, err = l.lookUp(s.Owner); err != nil {
+				return coded(ExitDeclaration, fmt.Errorf("secret %s: owner: %w", s.Name, err))
+			}
+		}
+		l.secrets[i].UID, l.secrets[i].GID = owner.uid, owner.gid
+	}
+	return nil
+}
+
+// lookUp finds a user, by name or as UID[:GID], in the image.
+func (l *life) lookUp(name string) (user, error) {
+	if name == "" {
+		name = "root"
+	}
+	uidText, gidText, pair := strings.Cut(name, ":")
+	if uid, err := strconv.Atoi(uidText); err == nil {
+		gid := uid
+		if pair {
+			if gid, err = strconv.Atoi(gidText); err != nil {
+				return user{}, fmt.Errorf("user %q: the group after the colon is a number", name)
+			}
+		}
+		return user{name, uid, gid}, nil
+	}
+	uid, gid, _, err := l.image.LookupUser(uidText)
+	if err != nil {
+		return user{}, err
+	}
+	return user{uidText, uid, gid}, nil
+}
+
+// chooseVMM decides what runs the guest, and finds the virtiofsd that serves it.
+func (l *life) chooseVMM(ctx context.Context) error {
+	l.hostFacts = vmm.LookHost()
+	chosen, why, err := vmm.Choose(l.vm.VMM, l.hostFacts)
+	if err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	switch chosen {
+	case vmm.CloudHypervisor:
+		l.vmmProgram = cloudhypervisor.New(l.hostFacts.CloudHypervisor)
+	default:
+		q := qemu.New(l.hostFacts.QEMU)
+		q.KVM = l.hostFacts.Hardware()
+		l.vmmProgram = q
+	}
+	version, err := l.vmmProgram.Version(ctx)
+	if err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	l.emulated = !l.hostFacts.Hardware()
+	l.update(func(st *Status) { st.VMM = chosen })
+	l.note("VMM", "%s %s: %s", chosen, version, why)
+	if l.virtiofsd, err = storage.FindVirtiofsd(ctx); err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	return nil
+}
+
+// prepareKernel finds the guest's kernel and makes, once per kernel and version,
+// what the VMM loads.
+func (l *life) prepareKernel(ctx context.Context) error {
+	var err error
+	if l.kernel, err = kernel.Find(l.vm.Kernel, l.layout.Store()); err != nil {
+		return coded(ExitDeclaration, err)
+	}
+	init, err := initBinary()
+	if err != nil {
+		return err
+	}
+	l.update(func(st *Status) { st.Kernel = l.kernel.Release })
+	l.boot, err = kernel.Prepare(ctx, l.kernel, init, l.layout.BootCache())
+	return err
+}
+
+// initVariable names the guest's init where it isn't installed, as in tests.
+const initVariable = "CLAWVM_INIT"
+
+// initBinary finds the guest's init: beside this program, or where make install
+// puts it.
+func initBinary() (string, error) {
+	if named := os.Getenv(initVariable); named != "" {
+		return named, nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("cannot find the program's own file: %w", err)
+	}
+	dir := filepath.Dir(self)
+	candidates := []string{
+		filepath.Join(dir, "clawvm-init"),
+		filepath.Join(dir, "../lib/clawvm/clawvm-init"),
+	}
+	for _, c := range candidates {
+		if _, err := os.Stat(c); err == nil {
+			return c, nil
+		} else if !errors.Is(err, os.ErrNotExist) {
+			return "", fmt.Errorf("cannot use the guest's init: %w", err)
+		}
+	}
+	return "", fmt.Errorf("cannot find the guest's init clawvm-init (looked at %s): install clawvm again, or set %s", strings.Join(candidates, " and "), initVariable)
+}

@@ -1,0 +1,266 @@
+package host
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Status is what a supervisor says of its VM.
+type Status struct {
+	Name    string    `json:"name"`
+	State   State     `json:"state"`
+	Step    string    `json:"step,omitempty"` // while starting
+	Started time.Time `json:"started"`
+	// Ready is when the workload first answered; zero before that.
+	Ready    time.Time `json:"ready,omitzero"`
+	VMM      string    `json:"vmm,omitempty"`
+	Address  string    `json:"address,omitempty"`
+	VCPUs    int       `json:"vcpus,omitempty"`
+	Memory   int64     `json:"memory,omitempty"` // bytes
+	Ports    []string  `json:"ports,omitempty"`
+	Image    string    `json:"image,omitempty"` // digest
+	Kernel   string    `json:"kernel,omitempty"`
+	Reboots  int       `json:"reboots,omitempty"`  // by the guest, since the supervisor started
+	Restarts int       `json:"restarts,omitempty"` // of the workload, by the guest's init
+	// Workload is how the workload ended last.
+	Workload  string         `json:"workload,omitempty"`
+	PID       int            `json:"pid"` // the supervisor's
+	Processes map[string]int `json:"processes,omitempty"`
+}
+
+// State is where a VM is in its life.
+//
+//	stopped → starting → ready → stopping → stopped
+//	              │         │
+//	              └─────────┴──→ failed
+type State string
+
+// The states. A supervisor says the middle three; the others are derived where
+// there is none.
+const (
+	Stopped  State = "stopped"
+	Starting State = "starting"
+	Running  State = "ready"
+	Stopping State = "stopping"
+	Failed   State = "failed"
+)
+
+// control is the supervisor's socket: HTTP, for root only.
+type control struct {
+	listener net.Listener
+	server   *http.Server
+}
+
+// controlHeaderTimeout bounds a client that says nothing.
+const controlHeaderTimeout = 5 * time.Second
+
+// serveControl listens on path. The socket is made 0600 before anyone can
+// connect to it, by the process's umask, since there is no other moment.
+func serveControl(path string, s *Supervisor) (*control, error) {
+	l, err := listenUnix(path)
+	if err != nil {
+		return nil, err
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", "application/json")
+		if err := json.NewEncoder(w).Encode(s.Status()); err != nil {
+			s.logf("cannot answer a request for the status: %v", err)
+		}
+	})
+	mux.HandleFunc("GET /v1/progress", s.serveProgress)
+	mux.HandleFunc("POST /v1/down", func(w http.ResponseWriter, r *http.Request) {
+		grace, err := strconv.ParseInt(r.FormValue("grace"), 10, 64)
+		if err != nil || grace < 0 {
+			http.Error(w, "grace: milliseconds are wanted", http.StatusBadRequest)
+			return
+		}
+		s.requestDown(time.Duration(grace) * time.Millisecond)
+		w.WriteHeader(http.StatusAccepted)
+	})
+	mux.HandleFunc("POST /v1/rotate", func(w http.ResponseWriter, r *http.Request) {
+		if err := s.rotate(); err != nil {
+			http.Error(w, err.Error(), http.StatusConflict)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	})
+	c := &control{listener: l, server: &http.Server{Handler: mux, ReadHeaderTimeout: controlHeaderTimeout}}
+	go func() {
+		if err := c.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			s.logf("the control socket is gone: %v", err)
+		}
+	}()
+	return c, nil
+}
+
+// close ends the socket after its answers are sent, and removes it.
+func (c *control) close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), controlDrain)
+	defer cancel()
+	if err := c.server.Shutdown(ctx); err != nil {
+		return c.server.Close()
+	}
+	return nil
+}
+
+// controlDrain is how long followers have to read the last event.
+const controlDrain = 2 * time.Second
+
+// listenUnix listens on a socket at path that only root can connect to. A
+// left-over of an earlier process is removed first: the caller holds the VM's
+// lock, so nobody serves it.
+func listenUnix(path string) (*net.UnixListener, error) {
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("cannot listen on %s: %w", path, err)
+	}
+	old := unix.Umask(0o177)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("cannot listen on %s: %w", path, err)
+	}
+	return l, nil
+}
+
+// serveProgress writes the progress so far and then what comes, a JSON line
+// each, until the VM is ready or has ended.
+func (s *Supervisor) serveProgress(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "application/jsonl")
+	enc := json.NewEncoder(w)
+	flush := http.NewResponseController(w)
+	for n := 0; ; {
+		events, more := s.journal.from(n)
+		n += len(events)
+		for _, e := range events {
+			if enc.Encode(e) != nil || e.Last() && flush.Flush() == nil {
+				return
+			}
+		}
+		if flush.Flush() != nil {
+			return
+		}
+		select {
+		case <-more:
+		case <-r.Context().Done():
+			return
+		}
+	}
+}
+
+// Client speaks to a VM's supervisor.
+type Client struct {
+	name string
+	http *http.Client
+}
+
+// ErrNotRunning is the error of a VM that has no supervisor.
+var ErrNotRunning = errors.New("the VM is not running")
+
+// Dial returns a client for the supervisor of the VM name. No connection is kept;
+// there is nothing to close.
+func (l Layout) Dial(name string) *Client {
+	path := l.VM(name).Control()
+	return &Client{name: name, http: &http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", path)
+		},
+	}}}
+}
+
+// statusTimeout bounds one question to a supervisor: it answers from memory.
+const statusTimeout = 2 * time.Second
+
+// Status asks for the VM's status; [ErrNotRunning] when there is no supervisor.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	var st Status
+	resp, err := c.do(ctx, "GET", "status", nil)
+	if err != nil {
+		return st, err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(&st); err != nil {
+		return st, fmt.Errorf("cannot read the status of VM %s: %w", c.name, err)
+	}
+	return st, nil
+}
+
+// Follow calls each for the progress of the start until the VM is ready or has
+// ended, and returns the last event.
+func (c *Client) Follow(ctx context.Context, each func(Progress)) (Progress, error) {
+	resp, err := c.do(ctx, "GET", "progress", nil)
+	if err != nil {
+		return Progress{}, err
+	}
+	defer resp.Body.Close()
+	dec := json.NewDecoder(resp.Body)
+	for {
+		var p Progress
+		if err := dec.Decode(&p); err != nil {
+			if ctx.Err() != nil {
+				err = ctx.Err()
+			}
+			return Progress{}, fmt.Errorf("cannot follow the start of VM %s: %w", c.name, err)
+		}
+		each(p)
+		if p.Last() {
+			return p, nil
+		}
+	}
+}
+
+// Down asks for the end of the VM, giving the guest grace to end by itself. It
+// returns when the request is taken, not when the VM is down.
+func (c *Client) Down(ctx context.Context, grace time.Duration) error {
+	resp, err := c.do(ctx, "POST", "down?grace="+strconv.FormatInt(grace.Milliseconds(), 10), nil)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+// Rotate stages the secrets anew from their sources.
+func (c *Client) Rotate(ctx context.Context) error {
+	resp, err := c.do(ctx, "POST", "rotate", nil)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+// answerMax bounds an error's text.
+const answerMax = 64 << 10
+
+func (c *Client) do(ctx context.Context, method, what string, body []byte) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://supervisor/v1/"+what, bytes.NewReader(body))
+	if err != nil {
+		return nil, err
+	}
+	resp, err := c.http.Do(req)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
+		return nil, coded(ExitNotRunning, fmt.Errorf("VM %s: %w", c.name, ErrNotRunning))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot ask the supervisor of VM %s: %w", c.name, err)
+	}
+	if resp.StatusCode >= 300 {
+		text, err := io.ReadAll(io.LimitReader(resp.Body, answerMax))
+		return nil, errors.Join(errors.New(string(bytes.TrimSpace(text))), err, resp.Body.Close())
+	}
+	return resp, nil
+}

@@ -1,0 +1,143 @@
+package gate
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Message is what supervisor and gate tell each other, one a packet, as JSON of
+// at most [messageMax] bytes.
+type Message struct {
+	Kind Kind `json:"kind"`
+	// Code is the workload's exit code, of WorkloadEnded and Ending.
+	Code int `json:"code,omitempty"`
+	// Detail is text for the owner; from the gate it is bounded and printable.
+	Detail string `json:"detail,omitempty"`
+	// Grace is how long, in milliseconds, Shutdown may take.
+	Grace int64 `json:"grace,omitempty"`
+}
+
+// Kind is what a message is about.
+type Kind string
+
+// What the gate says.
+const (
+	Connected     Kind = "connected"      // the guest's agent is there
+	Progress      Kind = "progress"       // Detail: how far the guest is
+	Ready         Kind = "ready"          // the workload answers
+	WorkloadEnded Kind = "workload-ended" // and is started again, or not: Detail
+	Ending        Kind = "ending"         // the guest is about to end; Detail is one of the End constants
+	Lost          Kind = "lost"           // the agent's connection broke
+)
+
+// What the supervisor says.
+const (
+	Shutdown Kind = "shutdown" // ask the guest to end within Grace
+)
+
+// Why a guest ends, as Ending's Detail.
+const (
+	EndPowerOff = "poweroff"
+	EndReboot   = "reboot"
+	EndWorkload = "workload" // it ended, for good
+	EndFailed   = "failed"   // the guest could not be set up
+)
+
+const (
+	messageMax = 4096
+	detailMax  = 512
+)
+
+// Pair makes the two ends of the connection between supervisor and gate.
+func Pair() (supervisor *Conn, gate *os.File, err error) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, nil, fmt.Errorf("cannot make the gate's connection: %w", err)
+	}
+	gate = os.NewFile(uintptr(fds[1]), "gate")
+	supervisor, err = Open(os.NewFile(uintptr(fds[0]), "supervisor"))
+	if err != nil {
+		return nil, nil, errors.Join(err, gate.Close())
+	}
+	return supervisor, gate, nil
+}
+
+// Conn is an end of the connection between supervisor and gate.
+type Conn struct {
+	conn net.Conn
+	mu   sync.Mutex // held while sending
+	buf  [messageMax + 1]byte
+}
+
+// Open makes a Conn of a descriptor, which it closes.
+func Open(f *os.File) (*Conn, error) {
+	c, err := net.FileConn(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		return nil, fmt.Errorf("cannot use the connection between supervisor and gate: %w", err)
+	}
+	return &Conn{conn: c}, nil
+}
+
+// Send sends m. It may be called by several at once.
+func (c *Conn) Send(m Message) error {
+	m.Detail = Printable(m.Detail, detailMax)
+	b, err := json.Marshal(m)
+	if err != nil {
+		return err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_, err = c.conn.Write(b)
+	return err
+}
+
+// Receive waits for a message. Only one may wait. io.EOF says that the other
+// side has ended; a message that is none is an error.
+func (c *Conn) Receive() (Message, error) {
+	n, err := c.conn.Read(c.buf[:])
+	switch {
+	case errors.Is(err, net.ErrClosed), errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), err == nil && n == 0:
+		return Message{}, io.EOF
+	case err != nil:
+		return Message{}, err
+	case n > messageMax:
+		return Message{}, fmt.Errorf("a message is longer than %d bytes", messageMax)
+	}
+	var m Message
+	if err := json.Unmarshal(c.buf[:n], &m); err != nil {
+		return Message{}, fmt.Errorf("a message is not understood: %w", err)
+	}
+	m.Detail = Printable(m.Detail, detailMax)
+	return m, nil
+}
+
+// Close ends the connection; the other side receives io.EOF.
+func (c *Conn) Close() error { return c.conn.Close() }
+
+// Printable is s without control characters and what is no text, cut to max
+// bytes: what a guest made may go to a terminal.
+func Printable(s string, max int) string {
+	out := make([]rune, 0, min(len(s), max))
+	size := 0
+	for _, r := range s {
+		if r == '\t' {
+			r = ' '
+		}
+		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == 0xfffd || r >= 0x202a && r <= 0x202e || r >= 0x2066 && r <= 0x2069 {
+			r = '?'
+		}
+		if size += len(string(r)); size > max {
+			break
+		}
+		out = append(out, r)
+	}
+	return string(out)
+}

@@ -1,0 +1,140 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/clawvm/clawvm/config"
+)
+
+// Declare makes sure that the declaration in file is the one that its VM goes by:
+// a link to it is made among the root's declarations, unless it lies there. It
+// returns the VM's name. Another declaration of that name is not replaced.
+func Declare(l Layout, file string) (string, error) {
+	abs, err := filepath.Abs(file)
+	if err != nil {
+		return "", err
+	}
+	if _, err := os.Stat(abs); err != nil {
+		return "", fmt.Errorf("cannot read the declaration: %w", err)
+	}
+	name, ok := declarationName(abs)
+	if !ok {
+		return "", coded(ExitDeclaration, fmt.Errorf("cannot tell the VM's name from %s: the file is called NAME.yaml or NAME.json, and NAME matches %s", file, config.NamePattern))
+	}
+	have, err := l.Declaration(name)
+	var missing *NotDeclaredError
+	if errors.As(err, &missing) {
+		if err := os.MkdirAll(l.Declarations(), 0o755); err != nil {
+			return "", err
+		}
+		link := filepath.Join(l.Declarations(), name+filepath.Ext(abs))
+		if err := os.Symlink(abs, link); err != nil {
+			return "", fmt.Errorf("cannot declare VM %s: %w", name, err)
+		}
+		return name, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	a, err := os.Stat(abs)
+	if err != nil {
+		return "", err
+	}
+	if b, err := os.Stat(have); err != nil || !os.SameFile(a, b) {
+		return "", coded(ExitDeclaration, fmt.Errorf("VM %s is declared by %s already: remove that, or give %s another name", name, have, file))
+	}
+	return name, nil
+}
+
+// launchPoll is how often a starting supervisor's socket is tried: it is there
+// some 30 ms after the start.
+const launchPoll = 5 * time.Millisecond
+
+// Launch starts the supervisor of the VM name in a session of its own and returns
+// when it answers. Where it ends before that, the error has its last words. A
+// VM that runs already is no error: started is false.
+func Launch(ctx context.Context, l Layout, name string) (started bool, err error) {
+	client := l.Dial(name)
+	if _, err := client.Status(ctx); err == nil {
+		return false, nil
+	} else if !errors.Is(err, ErrNotRunning) {
+		return false, err
+	}
+	paths := l.VM(name)
+	if err := os.MkdirAll(paths.Log, 0o755); err != nil {
+		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	log, err := os.OpenFile(paths.SupervisorLog(), os.O_RDWR|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o640)
+	if err != nil {
+		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	defer log.Close()
+	from, err := log.Seek(0, 2)
+	if err != nil {
+		return false, err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return false, err
+	}
+	cmd := exec.Command(self, "--root", l.Root, "run", name)
+	cmd.Dir = "/"
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := cmd.Start(); err != nil {
+		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	tick := time.NewTicker(launchPoll)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-ended:
+			if _, serr := client.Status(ctx); serr == nil {
+				return false, nil // another `up` was quicker
+			}
+			said := make([]byte, 4096)
+			n, _ := log.ReadAt(said, from)
+			code := ExitFailed
+			var exit *exec.ExitError
+			if errors.As(err, &exit) {
+				code = exit.ExitCode()
+			}
+			return false, coded(code, fmt.Errorf("cannot start VM %s: its supervisor ended at once: %s", name, lastLine(said[:n])))
+		case <-tick.C:
+			if _, err := client.Status(ctx); err == nil {
+				return true, nil
+			}
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		}
+	}
+}
+
+// WaitDown waits until nobody holds the VM's lock.
+func WaitDown(ctx context.Context, l Layout, name string) error {
+	tick := time.NewTicker(downPoll)
+	defer tick.Stop()
+	for {
+		held, err := locked(l.VM(name).Lock())
+		if err != nil || !held {
+			return err
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fmt.Errorf("VM %s is not down yet: %w", name, context.Cause(ctx))
+		}
+	}
+}
+
+// downPoll is how often a lock is asked for: it has no event to wait for.
+const downPoll = 10 * time.Millisecond

@@ -1,0 +1,145 @@
+package host
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// markVariable is the environment variable that marks the processes of a VM; its
+// value is [Layout.Mark]. It is inherited by what they fork, so that a left-over
+// is found whatever its parent has become.
+const markVariable = "CLAWVM_MARK"
+
+// spawner starts a VM's processes so that they die with the supervisor: the
+// kernel sends a parent-death signal when the *thread* that forked ends
+// (prctl(2)), so all are forked by one thread that never does.
+type spawner struct {
+	mark  string
+	start chan spawnRequest
+}
+
+type spawnRequest struct {
+	cmd  *exec.Cmd
+	done chan error
+}
+
+func newSpawner(mark string) *spawner {
+	s := &spawner{mark: mark, start: make(chan spawnRequest)}
+	go func() {
+		runtime.LockOSThread()
+		for r := range s.start {
+			r.done <- r.cmd.Start()
+		}
+	}()
+	return s
+}
+
+// spawn starts cmd with the VM's mark and a parent-death signal.
+func (s *spawner) spawn(cmd *exec.Cmd) error {
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	// Away from the terminal's process group: ^C is for the supervisor, which
+	// takes the VM down in order. (A session's leader has a group of its own.)
+	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
+	if cmd.Env == nil {
+		// Children get no more of the caller's environment than they need.
+		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}
+	}
+	cmd.Env = append(cmd.Env, markVariable+"="+s.mark)
+	r := spawnRequest{cmd, make(chan error, 1)}
+	s.start <- r
+	return <-r.done
+}
+
+// killMarked ends every process that carries the mark, but for this one, and
+// waits until they are gone. It is for what a supervisor that was killed left.
+func killMarked(mark string) (int, error) {
+	killed := 0
+	deadline := time.Now().Add(killWait)
+	for {
+		pids, err := markedProcesses(mark)
+		if err != nil {
+			return killed, err
+		}
+		if len(pids) == 0 {
+			return killed, nil
+		}
+		if time.Now().After(deadline) {
+			return killed, fmt.Errorf("processes %v were killed and are still there after %s", pids, killWait)
+		}
+		for _, pid := range pids {
+			if err := killIfMarked(pid, mark); err != nil {
+				return killed, err
+			}
+			killed++
+		}
+		time.Sleep(killPoll)
+	}
+}
+
+const (
+	killWait = 10 * time.Second      // a killed process in uninterruptible sleep needs this at most
+	killPoll = 10 * time.Millisecond // between looks for what is left
+)
+
+// killIfMarked kills through a pidfd, so that a pid that was given to another
+// process in between is left alone.
+func killIfMarked(pid int, mark string) error {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if errors.Is(err, unix.ESRCH) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("cannot open process %d: %w", pid, err)
+	}
+	defer unix.Close(fd)
+	if !hasMark(pid, mark) {
+		return nil
+	}
+	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		return fmt.Errorf("cannot kill process %d: %w", pid, err)
+	}
+	return nil
+}
+
+func markedProcesses(mark string) ([]int, error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, d := range dirs {
+		pid, err := strconv.Atoi(filepath.Base(d))
+		if err == nil && pid != os.Getpid() && hasMark(pid, mark) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// hasMark reads a process's environment. A process that is gone, or a zombie,
+// has none.
+func hasMark(pid int, mark string) bool {
+	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+	if err != nil {
+		return false
+	}
+	for _, v := range bytes.Split(env, []byte{0}) {
+		if string(v) == markVariable+"="+mark {
+			return true
+		}
+	}
+	return false
+}

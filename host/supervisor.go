@@ -1,0 +1,195 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"golang.org/x/sys/unix"
+)
+
+// Supervisor is the privileged process of one VM. It owns everything that the VM
+// needs and takes all of it down when it ends.
+type Supervisor struct {
+	layout  Layout
+	paths   Paths
+	name    string
+	log     *log.Logger
+	spawner *spawner
+	journal *journal
+
+	down chan time.Duration // requests to end, with the guest's grace
+
+	mu     sync.Mutex // guards what follows
+	status Status
+	life   *life
+}
+
+// heapGrowth: a supervisor does nothing for most of its life, and there is one
+// for every VM; a collection more at the start costs little.
+const heapGrowth = 30
+
+// defaultGrace is how long a guest may take to end by itself when nobody says
+// otherwise: the workload's own 30 s, and what init and kernel need after it.
+const defaultGrace = 40 * time.Second
+
+// Supervise runs the VM name until it ends, and returns nil when it ended as it
+// was asked to. A cancelled ctx asks it to end. What it says goes to out, and to
+// systemd where that asked for it (sd_notify(3)).
+func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error {
+	debug.SetGCPercent(heapGrowth)
+	s := &Supervisor{
+		layout: l, paths: l.VM(name), name: name,
+		log:     log.New(out, "", log.LstdFlags|log.Lmsgprefix),
+		spawner: newSpawner(l.Mark(name)),
+		journal: newJournal(),
+		down:    make(chan time.Duration, 1),
+		status:  Status{Name: name, State: Starting, Started: time.Now().UTC(), PID: os.Getpid()},
+	}
+	// See Layout.relative.
+	if err := os.Chdir(l.Root); err != nil {
+		return fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	if err := os.MkdirAll(s.paths.Run, 0o711); err != nil {
+		return fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	// The VMM's uid passes through to its own directory (MkdirAll obeys the umask).
+	if err := os.Chmod(s.paths.Run, 0o711); err != nil {
+		return fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	lock, err := takeLock(s.paths.Lock())
+	if errors.Is(err, errLocked) {
+		return fmt.Errorf("cannot start VM %s: it runs already (its lock %s is held)", name, s.paths.Lock())
+	}
+	if err != nil {
+		return fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	defer lock.Close()
+	control, err := serveControl(s.paths.Control(), s)
+	if err != nil {
+		return fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
+	err = s.lives(ctx)
+	end := End{Time: time.Now().UTC(), Code: ExitCode(err)}
+	if err != nil {
+		end.Reason = err.Error()
+		s.logf("%v", err)
+	}
+	s.journal.add(Progress{State: VMEnded, Text: end.Reason})
+	return errors.Join(err, writeEnd(s.paths.LastEnd(), end), control.close(), s.tidy())
+}
+
+// tidy removes the rest of the run directory but for the lock, which is held.
+func (s *Supervisor) tidy() error {
+	if err := os.Remove(s.paths.Control()); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+// lives runs the VM, and again each time that its guest reboots: always with a
+// new VMM, new virtiofsd and a new gate, since a VMM that resets in place would
+// wait for daemons that are gone.
+func (s *Supervisor) lives(ctx context.Context) error {
+	for {
+		began := time.Now()
+		l := &life{Supervisor: s}
+		s.mu.Lock()
+		s.life = l
+		s.mu.Unlock()
+		how, err := l.live(ctx)
+		s.mu.Lock()
+		s.life = nil
+		s.mu.Unlock()
+		if undoErr := l.undo.unwind(); undoErr != nil {
+			err = errors.Join(err, fmt.Errorf("VM %s ended, but %w; clawvm gc cleans up", s.name, undoErr))
+		}
+		if err != nil || how != endedByReboot {
+			return err
+		}
+		if time.Since(began) < rebootLoop {
+			return fmt.Errorf("VM %s: the guest reboots again and again (%s after its start): clawvm logs --console %s shows why", s.name, time.Since(began).Round(time.Second), s.name)
+		}
+		s.logf("the guest reboots")
+		s.journal.restart()
+		s.update(func(st *Status) {
+			st.State, st.Step, st.Ready = Starting, "", time.Time{}
+			st.Reboots++
+		})
+	}
+}
+
+// rebootLoop is how long a guest must have lived for its reboot to be obeyed: less
+// is a guest that can't start.
+const rebootLoop = 2 * time.Second
+
+// Status is what is known of the VM now.
+func (s *Supervisor) Status() Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.status
+}
+
+func (s *Supervisor) update(change func(*Status)) {
+	s.mu.Lock()
+	change(&s.status)
+	text := string(s.status.State)
+	if s.status.Step != "" {
+		text = s.status.Step
+	}
+	s.mu.Unlock()
+	s.tellSystemd("STATUS=" + text)
+}
+
+func (s *Supervisor) logf(format string, args ...any) { s.log.Printf(format, args...) }
+
+// tellSystemd sends a state to the service manager; without one it does nothing.
+func (s *Supervisor) tellSystemd(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		s.logf("cannot tell the service manager %q: %v", state, err)
+	}
+}
+
+// requestDown asks for the VM's end. The first request counts.
+func (s *Supervisor) requestDown(grace time.Duration) {
+	select {
+	case s.down <- grace:
+	default:
+	}
+}
+
+// rotate stages the secrets anew.
+func (s *Supervisor) rotate() error {
+	s.mu.Lock()
+	l := s.life
+	s.mu.Unlock()
+	if l == nil {
+		return fmt.Errorf("VM %s is between two starts: try again", s.name)
+	}
+	return l.restage()
+}
+
+// logFile opens one of the supervisor's own log files for appending. What grew
+// beyond the limit is put aside first, one generation.
+func (s *Supervisor) logFile(path string) (*os.File, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	if st, err := os.Lstat(path); err == nil && st.Size() > hostLogMax {
+		if err := os.Rename(path, path+".1"); err != nil {
+			return nil, err
+		}
+	}
+	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
+}
+
+// hostLogMax bounds the logs of VMM and virtiofsd, which say little.
+const hostLogMax = 4 << 20

@@ -1,0 +1,241 @@
+package integration
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// everything is the declaration of a VM with every layer that there is.
+const everything = `
+image: small
+vmm: %s
+vcpus: 1
+memory: 256MiB
+nameservers: [203.0.113.1]
+overlay: {%s}
+volumes:
+  - {name: state, mount: /var/lib/state, size: 64MiB}
+secrets:
+  given: {file: %s}
+  made: {generate: 32}
+ports: ["127.0.0.1:18080:8080"]
+run:
+  argv: [httpd, -f, -v, -p, "8080", -h, /srv/www]
+  user: app
+  ready: {http: {port: 8080, path: /index.html}}
+  stop: {timeout: 5s}
+`
+
+// TestLifeOfAVM takes one VM through all that it can do, in order: under
+// emulation each start costs seconds.
+func TestLifeOfAVM(t *testing.T) {
+	w := newWorld(t)
+	w.prepareStore(t)
+	given := filepath.Join(t.TempDir(), "given")
+	writeSecret(t, given, "the first secret")
+	w.declare(t, "life", fmt.Sprintf(everything, vmmName(), "tmpfs: 32MiB", given))
+	t.Cleanup(func() { w.clawvm(t, "down", "--timeout", "1s", "life") })
+
+	up := w.must(t, "up", "life")
+	exec := func(t *testing.T, script string) result {
+		t.Helper()
+		return w.clawvm(t, "exec", "life", "--", "sh", "-c", script)
+	}
+	says := func(t *testing.T, script, want string) {
+		t.Helper()
+		if r := exec(t, script); r.code != 0 || strings.TrimSpace(r.stdout) != want {
+			t.Errorf("%s\n says %q (exit code %d, %s), want %q", script, r.stdout, r.code, strings.TrimSpace(r.stderr), want)
+		}
+	}
+	fails := func(t *testing.T, script string) {
+		t.Helper()
+		if r := exec(t, script); r.code == 0 {
+			t.Errorf("%s works, and must not: %q", script, r.stdout)
+		}
+	}
+
+	t.Run("up says how to go on", func(t *testing.T) {
+		for _, want := range []string{"life is ready after", "127.0.0.1:18080->8080/tcp", "exec life -- id"} {
+			if !strings.Contains(up, want) {
+				t.Errorf("up does not say %q:\n%s", want, up)
+			}
+		}
+		if again := w.must(t, "up", "life"); !strings.Contains(again, "is up already") {
+			t.Errorf("a second up says %q", again)
+		}
+	})
+	t.Run("ls", func(t *testing.T) {
+		s := w.status(t, "life")
+		if s.State != "ready" || s.Health != "ready" || s.VMM != vmmName() || !strings.HasPrefix(s.Address, "192.168.83.") {
+			t.Errorf("status is %+v", s)
+		}
+		if out := w.must(t, "ls"); !strings.Contains(out, "life") || !strings.Contains(out, "127.0.0.1:18080->8080/tcp") {
+			t.Errorf("ls prints\n%s", out)
+		}
+	})
+	t.Run("exec", func(t *testing.T) {
+		says(t, "id -u; id -g", "20001\n20001")
+		says(t, "hostname", "life")
+		if r := exec(t, "exit 42"); r.code != 42 {
+			t.Errorf("exit code %d, want 42", r.code)
+		}
+		if r := w.clawvm(t, "exec", "life", "no-such-program"); r.code != 127 {
+			t.Errorf("a command that isn't there: exit code %d, want 127", r.code)
+		}
+		if r := w.clawvmIn(t, strings.NewReader("through\n"), "exec", "-i", "life", "cat"); r.stdout != "through\n" {
+			t.Errorf("standard input: %q", r.stdout)
+		}
+		if r := w.clawvm(t, "exec", "--root", "life", "id", "-u"); strings.TrimSpace(r.stdout) != "0" {
+			t.Errorf("exec --root is uid %q %s", r.stdout, r.stderr)
+		}
+	})
+	t.Run("secrets", func(t *testing.T) {
+		says(t, "cat /run/secrets/given", "the first secret")
+		says(t, "stat -c '%a %u %h' /run/secrets/given", "400 20001 1")
+		says(t, "grep -c . /run/secrets/made", "1")
+		fails(t, "echo x > /run/secrets/given")
+		says(t, "grep ' /run/secrets ' /proc/mounts | cut -d' ' -f4 | tr , '\\n' | grep -xE 'ro|nosuid|nodev|noexec' | sort | tr '\\n' ' '", "nodev noexec nosuid ro")
+		if out := w.must(t, "exec", "life", "--", "sh", "-c", "env; cat /proc/*/environ /proc/cmdline 2>/dev/null; true"); strings.Contains(out, "first secret") {
+			t.Error("the secret is in an environment or on the kernel's command line")
+		}
+	})
+	t.Run("secret rotation", func(t *testing.T) {
+		writeSecret(t, given, "the second secret")
+		w.must(t, "secret", "rotate", "life")
+		says(t, "cat /run/secrets/given", "the second secret")
+		writeSecret(t, given, "the third secret") // the source's change alone is enough
+		eventually(t, "the guest sees the third secret", 20*time.Second, func() bool {
+			return strings.TrimSpace(exec(t, "cat /run/secrets/given").stdout) == "the third secret"
+		})
+		if err := os.WriteFile(given, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if r := w.clawvm(t, "secret", "rotate", "life"); r.code == 0 || !strings.Contains(r.stderr, given) {
+			t.Errorf("an empty source: exit code %d, %q", r.code, r.stderr)
+		}
+		says(t, "cat /run/secrets/given", "the third secret")
+		writeSecret(t, given, "the third secret")
+	})
+	t.Run("overlay and volume", func(t *testing.T) {
+		fails(t, "echo x > /usr/bin/marker")
+		fails(t, "echo x > /etc/passwd")
+		fails(t, "echo x > /run/clawvm.test")
+		says(t, "echo x > /tmp/mine && cat /tmp/mine", "x")
+		says(t, "echo kept > /var/lib/state/kept && sync && cat /var/lib/state/kept", "kept")
+		if r := w.clawvm(t, "exec", "--root", "life", "--", "sh", "-c", "echo x > /srv/forgotten && cat /srv/forgotten"); strings.TrimSpace(r.stdout) != "x" {
+			t.Errorf("root can't write to the overlay: %+v", r)
+		}
+	})
+	t.Run("sandbox", func(t *testing.T) {
+		says(t, "grep -E '^(NoNewPrivs|CapEff|CapBnd)' /proc/self/status | tr -s '\\t ' ' ' | sort", "CapBnd: 0000000000000000\nCapEff: 0000000000000000\nNoNewPrivs: 1")
+	})
+	t.Run("published port", func(t *testing.T) {
+		if got := get(t, "http://127.0.0.1:18080/index.html"); got != "served by the guest\n" {
+			t.Errorf("got %q", got)
+		}
+	})
+	t.Run("network", func(t *testing.T) {
+		says(t, "wget -q -T 20 -O - http://example.test/from-guest", "hello from the internet")
+		asked := strings.Join(w.asked(), "\n")
+		if !strings.Contains(asked, uplink.Addr().String()+" /from-guest") {
+			t.Errorf("the internet was asked %q, want the host's own address as the source (masquerade)", asked)
+		}
+		fails(t, "wget -q -T 5 -O - http://169.254.169.254/")
+		fails(t, "nslookup nobody.test")
+		eventually(t, "the log has query and connection", 20*time.Second, func() bool {
+			log := w.must(t, "net", "life")
+			return strings.Contains(log, "example.test") && strings.Contains(log, "203.0.113.1") && strings.Contains(log, "169.254.169.254")
+		})
+		lines := w.must(t, "net", "--json", "life")
+		for _, want := range []string{`"kind":"query"`, `"kind":"open"`, `"verdict":"refused"`, `"vm":"life"`} {
+			if !strings.Contains(lines, want) {
+				t.Errorf("the JSON log has no %s:\n%s", want, lines)
+			}
+		}
+	})
+	t.Run("the host is closed to the guest", func(t *testing.T) {
+		l, err := net.Listen("tcp4", "0.0.0.0:2222")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		began := time.Now()
+		fails(t, "nc -w 20 192.168.83.1 2222 </dev/null")
+		if took := time.Since(began); took > 15*time.Second {
+			t.Errorf("refused after %s, want at once", took)
+		}
+	})
+	t.Run("logs", func(t *testing.T) {
+		eventually(t, "the workload's log shows a request", 20*time.Second, func() bool {
+			return strings.Contains(w.must(t, "logs", "life"), "response:200")
+		})
+	})
+	t.Run("reboot from inside", func(t *testing.T) {
+		w.clawvm(t, "exec", "--root", "life", "reboot", "-f")
+		eventually(t, "the guest is up again", commandLimit, func() bool {
+			s := w.status(t, "life")
+			return s.Reboots == 1 && s.State == "ready"
+		})
+		says(t, "cat /var/lib/state/kept", "kept")
+		fails(t, "cat /srv/forgotten") // the overlay is a tmpfs
+		if got := get(t, "http://127.0.0.1:18080/index.html"); got != "served by the guest\n" {
+			t.Errorf("the published port after the reboot: %q", got)
+		}
+	})
+	t.Run("down and up", func(t *testing.T) {
+		began := time.Now()
+		w.must(t, "down", "life")
+		if took := time.Since(began); took > 30*time.Second {
+			t.Errorf("down took %s: the guest did not end by itself", took)
+		}
+		if r := w.clawvm(t, "status", "life"); r.code != 3 {
+			t.Errorf("status of a VM that is down: exit code %d, want 3", r.code)
+		}
+		w.must(t, "up", "life")
+		says(t, "cat /var/lib/state/kept", "kept")
+	})
+	t.Run("poweroff from inside", func(t *testing.T) {
+		w.clawvm(t, "exec", "--root", "life", "poweroff", "-f")
+		eventually(t, "the VM is down", 60*time.Second, func() bool { return w.status(t, "life").State == "stopped" })
+	})
+}
+
+func writeSecret(t *testing.T, file, text string) {
+	t.Helper()
+	tmp := file + ".new"
+	if err := os.WriteFile(tmp, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(tmp, file); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func get(t *testing.T, url string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, "GET", url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Errorf("GET %s: %v", url, err)
+		return ""
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Errorf("GET %s: %v", url, err)
+	}
+	return string(body)
+}

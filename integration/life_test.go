@@ -143,12 +143,15 @@ func TestLifeOfAVM(t *testing.T) {
 		}
 	})
 	t.Run("network", func(t *testing.T) {
-		says(t, "wget -q -T 20 -O - http://example.test/from-guest", "hello from the internet")
+		// In two steps, and without wget: the busybox of the test's guest is static,
+		// and its libc can't look names up without its shared parts.
+		says(t, "nslookup example.test | grep -c 'Address.*203.0.113.1'", "1")
+		says(t, "printf 'GET /from-guest HTTP/1.0\\r\\n\\r\\n' | nc -w 20 203.0.113.1 80 | tail -n 1", "hello from the internet")
 		asked := strings.Join(w.asked(), "\n")
 		if !strings.Contains(asked, uplink.Addr().String()+" /from-guest") {
 			t.Errorf("the internet was asked %q, want the host's own address as the source (masquerade)", asked)
 		}
-		fails(t, "wget -q -T 5 -O - http://169.254.169.254/")
+		fails(t, "nc -w 20 169.254.169.254 80 </dev/null")
 		fails(t, "nslookup nobody.test")
 		eventually(t, "the log has query and connection", 20*time.Second, func() bool {
 			log := w.must(t, "net", "life")

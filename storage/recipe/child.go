@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"syscall"
 
@@ -104,6 +105,10 @@ func runCommand(s *step) (int, error) {
 		}
 	}
 	if s.Confined {
+		// It holds for a thread, and a child inherits from the thread that
+		// starts it: this one, which Go may not change in between.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			return 1, fmt.Errorf("cannot forbid new privileges: %w", err)
 		}

@@ -223,7 +223,13 @@ func (l *life) port() network.Port {
 
 // openSockets opens what the gate works on and could not open itself.
 func (l *life) openSockets(context.Context) error {
-	l.undo.push("the gate's sockets", func() error { return l.sockets.close() })
+	l.undo.push("the gate's sockets", func() error {
+		err := l.sockets.close()
+		if rerr := os.Remove(l.paths.GateSocket()); rerr != nil && !errors.Is(rerr, os.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+		return err
+	})
 	if err := l.sockets.openResolver(l.hostConfig.Address.Addr()); err != nil {
 		return err
 	}

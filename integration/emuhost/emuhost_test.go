@@ -113,3 +113,40 @@ func TestKeySaysWhatIsInTheRoot(t *testing.T) {
 		t.Error(a)
 	}
 }
+
+func TestSweepLeavesWhatIsUsed(t *testing.T) {
+	cache := t.TempDir()
+	old := time.Now().Add(-kept - time.Hour)
+	for _, name := range []string{"emuhost-a-2026-11.making-1", "emuhost-b-2026-11.making-2", "emuhost-new", "emuhost-old"} {
+		path := filepath.Join(cache, name, rootDisk)
+		if err := os.Mkdir(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if name == "emuhost-old" {
+			if err := os.Chtimes(path, old, old); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := os.WriteFile(filepath.Join(cache, "emuhost-a-2026-11.lock"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := sweep(cache, "emuhost-a-2026-11"); err != nil {
+		t.Fatal(err)
+	}
+	left, err := filepath.Glob(filepath.Join(cache, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := []string{}
+	for _, path := range left {
+		names = append(names, filepath.Base(path))
+	}
+	// The other base's half may be in the making, under a lock of its own.
+	if got := strings.Join(names, " "); got != "emuhost-a-2026-11.lock emuhost-b-2026-11.making-2 emuhost-new" {
+		t.Errorf("left: %s", got)
+	}
+}

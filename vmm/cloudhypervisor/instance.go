@@ -28,6 +28,7 @@ type instance struct {
 	stderr  *vmm.Tail
 	api     *client
 
+	stream   *os.File // the event monitor's
 	events   chan vmm.Event
 	followed chan struct{} // closed when the event stream has ended
 
@@ -43,8 +44,8 @@ type instance struct {
 
 var _ vmm.Instance = (*instance)(nil)
 
-func newInstance(m *vmm.Machine, cmd *exec.Cmd, stderr *vmm.Tail, api *client) *instance {
-	i := &instance{machine: m, cmd: cmd, stderr: stderr, api: api,
+func newInstance(m *vmm.Machine, cmd *exec.Cmd, stderr *vmm.Tail, api *client, stream *os.File) *instance {
+	i := &instance{machine: m, cmd: cmd, stderr: stderr, api: api, stream: stream,
 		events: make(chan vmm.Event, eventBuffer), followed: make(chan struct{})}
 	i.ended, i.end = context.WithCancel(context.Background())
 	return i
@@ -108,6 +109,10 @@ func (i *instance) wait() {
 	select {
 	case <-i.followed:
 	case <-time.After(drainLimit):
+		// Something else holds the stream open; what came so far has to do.
+		if err := i.stream.Close(); err != nil {
+			i.log(err)
+		}
 	}
 	i.mu.Lock()
 	if i.panics != nil {
@@ -125,12 +130,12 @@ func (i *instance) wait() {
 
 // follow reads the event monitor to its end, and ends a process whose guest has rebooted, turned itself off or panicked; and
 // one that says what it should not, since nothing would be noticed of it any more.
-func (i *instance) follow(stream *os.File) {
-	if err := readEvents(stream, i.heed); err != nil {
+func (i *instance) follow() {
+	if err := readEvents(i.stream, i.heed); err != nil && !errors.Is(err, os.ErrClosed) {
 		i.mark(func(end *ending) { end.broken = err })
 		i.finish()
 	}
-	if err := stream.Close(); err != nil {
+	if err := i.stream.Close(); err != nil && !errors.Is(err, os.ErrClosed) {
 		i.log(err)
 	}
 	close(i.followed)

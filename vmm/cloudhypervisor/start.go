@@ -71,8 +71,8 @@ func (c *CloudHypervisor) spawn(m *vmm.Machine) (*instance, error) {
 	if err != nil && cmd.Process == nil {
 		return nil, errors.Join(err, events.Close())
 	}
-	i := newInstance(m, cmd, stderr, newClient(apiPath(m)))
-	go i.follow(events)
+	i := newInstance(m, cmd, stderr, newClient(apiPath(m)), events)
+	go i.follow()
 	go i.wait()
 	if err != nil {
 		return nil, i.giveUp(err)

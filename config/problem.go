@@ -33,6 +33,16 @@ func (p Problem) String() string {
 	return b.String()
 }
 
+// Problem is what a later look at the host finds wrong with a field, in the words and with the place of the declaration's own
+// check. The field is a path such as shares[0].source; of one that isn't declared, its default is at fault, and no line is named.
+func (vm *VM) Problem(field, wrong, want string) Problems {
+	at, ok := vm.places[field]
+	if !ok {
+		at = place{file: vm.File}
+	}
+	return Problems{{File: at.file, Line: at.line, Column: at.column, Field: field, Wrong: wrong, Want: want}}
+}
+
 // Problems is everything that is wrong with a declaration, in the order of its lines. It is the error of Load, Parse and
 // LoadHost.
 type Problems []Problem

@@ -112,7 +112,7 @@ func (r *treeReader) at(tk *token.Token) place {
 // checkBytes looks at size, encoding and control characters, and drops a byte order mark.
 func (r *treeReader) checkBytes(data []byte) ([]byte, bool) {
 	if len(data) > maxFile {
-		r.fail(place{}, "", "is larger than "+Size(maxFile).String(), "a declaration, which is some 1 KiB")
+		r.problems = append(r.problems, tooLarge(r.file))
 		return nil, false
 	}
 	if len(data) >= 3 && string(data[:3]) == "\ufeff" {

@@ -47,6 +47,25 @@ func EnsureBridge(b Bridge) (notes []string, err error) {
 	return notes, nil
 }
 
+// Check says what EnsureBridge would refuse, and changes nothing.
+func (b Bridge) Check() error {
+	if err := b.check(); err != nil {
+		return fmt.Errorf("cannot make bridge %s: %w", b.Name, err)
+	}
+	old, err := b.find()
+	if err != nil && !errors.Is(err, errHalfMade) {
+		return fmt.Errorf("cannot make bridge %s: %w", b.Name, err)
+	}
+	own := 0
+	if old != nil {
+		own = old.Attrs().Index
+	}
+	if err := checkRoutes(b.Address, own); err != nil {
+		return fmt.Errorf("cannot make bridge %s: %w", b.Name, err)
+	}
+	return nil
+}
+
 func (b Bridge) ensure() (notes []string, err error) {
 	old, err := b.find()
 	if err != nil && !errors.Is(err, errHalfMade) {
@@ -115,15 +134,15 @@ func (b Bridge) find() (netlink.Link, error) {
 	a := link.Attrs()
 	switch owner, vm, ok := parseAlias(a.Alias); {
 	case link.Type() != "bridge":
-		return nil, fmt.Errorf("a link of that name exists and is a %s: %w", link.Type(), ErrNotOurs)
+		return nil, reason(ErrNotOurs, "a link of that name exists and is no bridge (%s)", link.Type())
 	case ok && owner == b.Owner && vm == "":
 		return link, nil
 	case ok:
-		return nil, fmt.Errorf("it belongs to the root with the id %s: %w", owner, ErrNotOurs)
+		return nil, reason(ErrNotOurs, "it belongs to another root of clawvm (id %s)", owner)
 	case a.Alias == "" && slices.Equal(a.HardwareAddr, MAC(b.Address.Addr())):
 		return link, errHalfMade
 	}
-	return nil, fmt.Errorf("a bridge of that name exists without the mark of clawvm: %w", ErrNotOurs)
+	return nil, reason(ErrNotOurs, "a bridge of that name exists that clawvm did not make")
 }
 
 // mtu says which MTU the bridge gets, and where that is from.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -30,6 +31,53 @@ var (
 	ErrExhausted = errors.New("no address left")
 )
 
+// reasonError says in its own words what errors.Is knows it by.
+type reasonError struct {
+	text string
+	is   error
+}
+
+func (e *reasonError) Error() string { return e.text }
+func (e *reasonError) Unwrap() error { return e.is }
+
+func reason(is error, format string, args ...any) error {
+	return &reasonError{fmt.Sprintf(format, args...), is}
+}
+
+// Check says what Acquire would refuse, and changes nothing.
+func (l Leases) Check(vm string, want netip.Addr) error {
+	if want.IsValid() && !l.usable(want) {
+		return fmt.Errorf("cannot get an address: %w", l.outside(want))
+	}
+	all, err := l.List()
+	if err != nil {
+		return err
+	}
+	held := l.heldBy(all, vm)
+	switch holder, taken := all[want]; {
+	case want.IsValid() && taken && holder != vm:
+		return fmt.Errorf("cannot get an address: %w", takenBy(want, holder))
+	case want.IsValid(), len(held) > 0 && l.usable(held[0]):
+		return nil
+	}
+	if _, ok := l.firstFree(all); !ok {
+		return fmt.Errorf("cannot get an address: %w", l.exhausted())
+	}
+	return nil
+}
+
+func (l Leases) outside(a netip.Addr) error {
+	return reason(ErrOutside, "%v is not one that VMs of %v can hold; declare a free address of that subnet, or none", a, l.Subnet.Masked())
+}
+
+func takenBy(a netip.Addr, holder string) error {
+	return reason(ErrTaken, "%v is held by VM %s; declare another address, or `clawvm rm %s` gives it back", a, holder, holder)
+}
+
+func (l Leases) exhausted() error {
+	return reason(ErrExhausted, "all of %v are held; remove a VM (clawvm rm) or give the bridge a larger subnet", l.Subnet.Masked())
+}
+
 // Acquire returns the address that the VM holds from now on. A zero want means
 // the one that it has, or else the lowest free one; another want replaces what
 // the VM had. Two Acquire of different VMs may run at once; of one VM they must
@@ -37,7 +85,7 @@ var (
 func (l Leases) Acquire(vm string, want netip.Addr) (netip.Addr, error) {
 	a, err := l.acquire(vm, want)
 	if err != nil {
-		return netip.Addr{}, fmt.Errorf("cannot get an address for VM %s: %w", vm, err)
+		return netip.Addr{}, fmt.Errorf("cannot get an address: %w", err)
 	}
 	return a, nil
 }
@@ -47,7 +95,7 @@ func (l Leases) acquire(vm string, want netip.Addr) (netip.Addr, error) {
 		return netip.Addr{}, err
 	}
 	if want.IsValid() && !l.usable(want) {
-		return netip.Addr{}, fmt.Errorf("%v in %v: %w", want, l.Subnet, ErrOutside)
+		return netip.Addr{}, l.outside(want)
 	}
 	if err := os.MkdirAll(l.Dir, 0o700); err != nil {
 		return netip.Addr{}, err
@@ -95,21 +143,23 @@ func (l Leases) take(a netip.Addr, vm string) error {
 	holder, err := os.Readlink(l.path(a))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fmt.Errorf("%v was held a moment ago; try again: %w", a, ErrTaken)
+		return reason(ErrTaken, "%v was held a moment ago; try again", a)
 	case err != nil:
 		return err
 	case holder == vm:
 		return nil
 	}
-	return fmt.Errorf("%v is held by VM %s: %w", a, holder, ErrTaken)
+	return takenBy(a, holder)
 }
 
 // takeFirst takes the lowest free address. One that another process takes in
 // the meantime is passed over.
 func (l Leases) takeFirst(all map[netip.Addr]string, vm string) (netip.Addr, error) {
-	for a := l.Subnet.Masked().Addr().Next(); l.Subnet.Contains(a); a = a.Next() {
-		if _, taken := all[a]; taken || !l.usable(a) {
-			continue
+	all = maps.Clone(all)
+	for {
+		a, ok := l.firstFree(all)
+		if !ok {
+			return netip.Addr{}, l.exhausted()
 		}
 		switch err := l.take(a, vm); {
 		case err == nil:
@@ -117,8 +167,18 @@ func (l Leases) takeFirst(all map[netip.Addr]string, vm string) (netip.Addr, err
 		case !errors.Is(err, ErrTaken):
 			return netip.Addr{}, err
 		}
+		all[a] = "" // since a moment ago
 	}
-	return netip.Addr{}, fmt.Errorf("all of %v are held; remove a VM or give the bridge a larger subnet: %w", l.Subnet.Masked(), ErrExhausted)
+}
+
+// firstFree is the lowest address that nobody holds.
+func (l Leases) firstFree(all map[netip.Addr]string) (netip.Addr, bool) {
+	for a := l.Subnet.Masked().Addr().Next(); l.Subnet.Contains(a); a = a.Next() {
+		if _, taken := all[a]; !taken && l.usable(a) {
+			return a, true
+		}
+	}
+	return netip.Addr{}, false
 }
 
 func (l Leases) path(a netip.Addr) string { return filepath.Join(l.Dir, a.String()) }

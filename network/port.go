@@ -96,15 +96,15 @@ func (b Bridge) findTAP(p Port) (*netlink.Tuntap, error) {
 	}
 	tap, ok := link.(*netlink.Tuntap)
 	if !ok || tap.Mode != netlink.TUNTAP_MODE_TAP {
-		return nil, fmt.Errorf("a link of that name exists and is a %s, no TAP: %w", link.Type(), ErrNotOurs)
+		return nil, reason(ErrNotOurs, "a link of that name exists and is no TAP (%s)", link.Type())
 	}
 	switch owner, vm, ok := parseAlias(tap.Alias); {
 	case !ok:
-		return nil, fmt.Errorf("a TAP of that name exists without the mark of clawvm: %w", ErrNotOurs)
+		return nil, reason(ErrNotOurs, "a TAP of that name exists that clawvm did not make")
 	case owner != b.Owner:
-		return nil, fmt.Errorf("it belongs to the root with the id %s: %w", owner, ErrNotOurs)
+		return nil, reason(ErrNotOurs, "it belongs to another root of clawvm (id %s)", owner)
 	case vm != p.VM:
-		return nil, fmt.Errorf("it is the port of VM %s: %w", vm, ErrNotOurs)
+		return nil, reason(ErrNotOurs, "it is the port of VM %s", vm)
 	}
 	return tap, nil
 }

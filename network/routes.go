@@ -24,7 +24,7 @@ func (e *RouteError) Error() string {
 	if e.Link != "" {
 		via = "over " + e.Link
 	}
-	return fmt.Sprintf("subnet %v is in use on this host: it overlaps the route to %v %s; give the bridge another address", e.Subnet, e.Route, via)
+	return fmt.Sprintf("subnet %v is in use on this host: it overlaps the route to %v %s", e.Subnet, e.Route, via)
 }
 
 // routes lists the IPv4 routes of all tables of the host.

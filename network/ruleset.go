@@ -300,7 +300,7 @@ func (g Guest) filled(b Bridge) (Guest, error) {
 		return g, err
 	}
 	if !(Leases{Subnet: b.Address}).usable(g.Address) {
-		return g, fmt.Errorf("%v in %v: %w", g.Address, b.Address.Masked(), ErrOutside)
+		return g, reason(ErrOutside, "%v is not one that VMs of %v can hold", g.Address, b.Address.Masked())
 	}
 	if len(g.MAC) != 6 {
 		return g, fmt.Errorf("%v is not the MAC of a network card", g.MAC)

@@ -40,16 +40,16 @@ func generate(keep string, s Secret) (err error) {
 	if _, err := os.Lstat(path); err == nil {
 		return nil
 	} else if !errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("secret %s: %w", s.Name, err)
+		return fmt.Errorf("cannot generate secret %s: %w", s.Name, err)
 	}
 	raw, text := make([]byte, s.Generate), make([]byte, 2*s.Generate)
 	defer func() { clear(raw); clear(text) }()
 	if _, err := rand.Read(raw); err != nil {
-		return fmt.Errorf("secret %s: the kernel gives no random bytes: %w", s.Name, err)
+		return fmt.Errorf("cannot generate secret %s: the kernel gives no random bytes: %w", s.Name, err)
 	}
 	hex.Encode(text, raw)
 	if err := keepValue(filepath.Join(keep, generatedDir), s.Name, text); err != nil {
-		return fmt.Errorf("secret %s: cannot keep what was generated: %w", s.Name, err)
+		return fmt.Errorf("cannot keep the generated secret %s: %w", s.Name, err)
 	}
 	return nil
 }

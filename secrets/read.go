@@ -49,7 +49,7 @@ func checkFile(f *os.File, path string) (int64, error) {
 	case !info.Mode().IsRegular():
 		return 0, ErrNotRegular
 	case info.Mode().Perm()&0o077 != 0:
-		return 0, fmt.Errorf("%w, its mode is %04o: chmod 600 %s", ErrExposed, info.Mode().Perm(), path)
+		return 0, fmt.Errorf("%w (mode %04o); chmod 600 %s", ErrExposed, info.Mode().Perm(), path)
 	case info.Size() == 0:
 		return 0, ErrEmpty
 	case info.Size() > MaxSize:

@@ -115,11 +115,11 @@ func (s Secret) check() error {
 	}
 	switch {
 	case sources != 1:
-		return fmt.Errorf("secret %s: has %d sources: one of file, generate and stdin", s.Name, sources)
+		return fmt.Errorf("cannot use secret %s: it has %d sources: one of file, generate and stdin", s.Name, sources)
 	case s.File != "" && !filepath.IsAbs(s.File):
-		return fmt.Errorf("secret %s: %s isn't an absolute path", s.Name, s.File)
+		return fmt.Errorf("cannot use secret %s: %s isn't an absolute path", s.Name, s.File)
 	case s.Generate != 0 && (s.Generate < MinGenerate || s.Generate > MaxGenerate):
-		return fmt.Errorf("secret %s: %d bytes of entropy: from %d to %d", s.Name, s.Generate, MinGenerate, MaxGenerate)
+		return fmt.Errorf("cannot use secret %s: %d bytes of entropy: from %d to %d", s.Name, s.Generate, MinGenerate, MaxGenerate)
 	}
 	return nil
 }

@@ -71,29 +71,29 @@ func TestCheck(t *testing.T) {
 		{Name: "relative", File: "good"}, file("good"), file("good"),
 	}
 	want := []string{
-		"secret absent: DIR/absent: there is no such file",
-		"secret empty: DIR/empty: the file is empty",
-		"secret world: DIR/world: others may read it, its mode is 0644: chmod 600 DIR/world",
-		"secret group: DIR/group: others may read it, its mode is 0640: chmod 600 DIR/group",
-		"secret execute: DIR/execute: others may read it, its mode is 0601: chmod 600 DIR/execute",
-		"secret large: DIR/large: it is larger than 1 MiB",
-		"secret link: DIR/link: it isn't a regular file: it is a symbolic link; name what it points to",
-		"secret dir: DIR/dir: it isn't a regular file",
-		"secret pipe: DIR/pipe: it isn't a regular file",
-		"secret below: DIR/good/x: there is no such file",
-		"secret token: it was never given: `clawvm secret set VM token` reads it from standard input (there is no such file at KEEP/stdin/token)",
+		"cannot use secret absent: DIR/absent: there is no such file; write the secret there (mode 0600), or declare another source",
+		"cannot use secret empty: DIR/empty: the file is empty; write the secret there",
+		"cannot use secret world: DIR/world: others may read it (mode 0644); chmod 600 DIR/world",
+		"cannot use secret group: DIR/group: others may read it (mode 0640); chmod 600 DIR/group",
+		"cannot use secret execute: DIR/execute: others may read it (mode 0601); chmod 600 DIR/execute",
+		"cannot use secret large: DIR/large: it is larger than 1 MiB",
+		"cannot use secret link: DIR/link: it isn't a regular file: it is a symbolic link; name what it points to",
+		"cannot use secret dir: DIR/dir: it isn't a regular file",
+		"cannot use secret pipe: DIR/pipe: it isn't a regular file",
+		"cannot use secret below: DIR/good/x: there is no such file; write the secret there (mode 0600), or declare another source",
+		"cannot use secret token: it was never given; `clawvm secret set VM token` reads it from standard input (KEEP/stdin/token: there is no such file)",
 		`"../x" is no name for a secret: a letter or digit, then letters, digits, ., _ and -, 64 at most`,
 		`".hidden" is no name for a secret: a letter or digit, then letters, digits, ., _ and -, 64 at most`,
-		"secret none: has 0 sources: one of file, generate and stdin",
-		"secret two: has 2 sources: one of file, generate and stdin",
-		"secret short: 15 bytes of entropy: from 16 to 1024",
-		"secret long: 1025 bytes of entropy: from 16 to 1024",
-		"secret relative: good isn't an absolute path",
-		"secret good: is declared twice",
+		"cannot use secret none: it has 0 sources: one of file, generate and stdin",
+		"cannot use secret two: it has 2 sources: one of file, generate and stdin",
+		"cannot use secret short: 15 bytes of entropy: from 16 to 1024",
+		"cannot use secret long: 1025 bytes of entropy: from 16 to 1024",
+		"cannot use secret relative: good isn't an absolute path",
+		"cannot use secret good: it is declared twice",
 	}
 	if os.Getuid() != 0 { // root reads everything
 		put(t, at("locked"), content, 0)
-		bad, want = append(bad, file("locked")), append(want, "secret locked: DIR/locked: it can't be read: permission denied")
+		bad, want = append(bad, file("locked")), append(want, "cannot use secret locked: DIR/locked: it can't be read: permission denied")
 	}
 	err := Check(keep, bad)
 	if err == nil {

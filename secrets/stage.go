@@ -23,7 +23,7 @@ func Check(keep string, all []Secret) error {
 		case err != nil:
 			problems = append(problems, err)
 		case seen[s.Name]:
-			problems = append(problems, fmt.Errorf("secret %s: is declared twice", s.Name))
+			problems = append(problems, fmt.Errorf("cannot use secret %s: it is declared twice", s.Name))
 		}
 		seen[s.Name] = true
 	}
@@ -50,9 +50,13 @@ func (s Secret) explain(keep string, err error) error {
 	case err == nil:
 		return nil
 	case s.Stdin && errors.Is(err, ErrMissing):
-		return fmt.Errorf("secret %s: it was never given: `clawvm secret set VM %s` reads it from standard input (%w at %s)", s.Name, s.Name, err, s.Source(keep))
+		return fmt.Errorf("cannot use secret %s: it was never given; `clawvm secret set VM %s` reads it from standard input (%s: %w)", s.Name, s.Name, s.Source(keep), err)
+	case s.File != "" && errors.Is(err, ErrMissing):
+		return fmt.Errorf("cannot use secret %s: %s: %w; write the secret there (mode 0600), or declare another source", s.Name, s.File, err)
+	case s.File != "" && errors.Is(err, ErrEmpty):
+		return fmt.Errorf("cannot use secret %s: %s: %w; write the secret there", s.Name, s.File, err)
 	default:
-		return fmt.Errorf("secret %s: %s: %w", s.Name, s.Source(keep), err)
+		return fmt.Errorf("cannot use secret %s: %s: %w", s.Name, s.Source(keep), err)
 	}
 }
 
@@ -110,7 +114,7 @@ func (s Stage) writeOne(dir int, secret Secret) error {
 		return nil
 	}
 	if err := replaceAt(dir, secret.Name, v.bytes, secret.Mode, secret.UID, secret.GID, false); err != nil {
-		return fmt.Errorf("secret %s: %w", secret.Name, err)
+		return fmt.Errorf("cannot stage secret %s: %w", secret.Name, err)
 	}
 	return nil
 }

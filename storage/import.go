@@ -94,7 +94,7 @@ func (s *Store) importTree(ctx context.Context, what, name string, o ImportOptio
 		return fail(s.noSpace(err, u, need))
 	}
 	if o.Expect != "" && digest != o.Expect {
-		return fail(fmt.Errorf("%w: its content is %s, expected was %s", ErrDigest, digest, o.Expect))
+		return fail(fmt.Errorf("%w: its content is %s, and %s was expected; nothing is imported", ErrDigest, digest, o.Expect))
 	}
 	if err := s.publish(half, digest, name); err != nil {
 		return fail(s.noSpace(err, u, need))

@@ -49,20 +49,11 @@ type Daemon struct {
 // but the start. The caller must call Stop, which also cleans up after a
 // virtiofsd that ended by itself.
 func (v *Virtiofsd) Serve(ctx context.Context, s Share) (*Daemon, error) {
-	if err := v.checkShare(s); err != nil {
+	if err := v.Check(s); err != nil {
 		return nil, err
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err
-	}
-	info, err := os.Stat(s.Source)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("%w %s: it isn't there; make the directory, or take the share out of the declaration", ErrShare, s.Source)
-	case err != nil:
-		return nil, fmt.Errorf("%w %s: %w", ErrShare, s.Source, err)
-	case !info.IsDir():
-		return nil, fmt.Errorf("%w %s: it is no directory", ErrShare, s.Source)
 	}
 	d := &Daemon{
 		name:  fmt.Sprintf("virtiofsd of the share %s (%s)", s.Tag, s.Source),
@@ -73,6 +64,24 @@ func (v *Virtiofsd) Serve(ctx context.Context, s Share) (*Daemon, error) {
 		return nil, errors.Join(fmt.Errorf("%w %s: %w", ErrShare, s.Source, err), d.cleanUp())
 	}
 	return d, nil
+}
+
+// Check says what Serve would refuse, and starts nothing. It looks at Source,
+// ReadOnly, Cache and the squashed owner of the share.
+func (v *Virtiofsd) Check(s Share) error {
+	if err := v.checkShare(s); err != nil {
+		return err
+	}
+	info, err := os.Stat(s.Source)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%w %s: it isn't there; make the directory, or take the share out of the declaration", ErrShare, s.Source)
+	case err != nil:
+		return fmt.Errorf("%w %s: %w", ErrShare, s.Source, bare(err))
+	case !info.IsDir():
+		return fmt.Errorf("%w %s: it is no directory", ErrShare, s.Source)
+	}
+	return nil
 }
 
 func (d *Daemon) start(v *Virtiofsd, s Share) (err error) {

@@ -28,7 +28,7 @@ var (
 	// ErrNoImage means that no image of the store has the name or digest.
 	ErrNoImage = errors.New("no such image")
 	// ErrCorrupt means that an image isn't what its manifest says.
-	ErrCorrupt = errors.New("image is corrupt")
+	ErrCorrupt = errors.New("it is corrupt")
 	// ErrInUse means that a VM still uses what was to be removed.
 	ErrInUse = errors.New("image is in use")
 	// ErrNoSpace means that the store's file system is full.
@@ -126,8 +126,11 @@ func (s *Store) corrupt(ref string, image *Image, err error) error {
 	if !errors.Is(err, ErrCorrupt) {
 		return fmt.Errorf("cannot check image %q: %w", ref, err)
 	}
-	return fmt.Errorf("image %q (%s) in %s: %w; remove it with `clawvm image rm %s` and build or import it again",
-		ref, image.Digest, s.Dir, err, ref)
+	label := fmt.Sprintf("%q (%s)", ref, image.Digest)
+	if ref == image.Digest {
+		label = ref
+	}
+	return fmt.Errorf("cannot use image %s: %w; remove it with `clawvm image rm %s` and build or import it again", label, err, ref)
 }
 
 // List returns all images, the newest first. It reads their metadata only.
@@ -171,18 +174,26 @@ func (s *Store) find(ref string) (*Image, error) {
 	digest := ref
 	if !strings.HasPrefix(ref, digestPrefix) {
 		if err := ValidName(ref); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrNoImage, err)
+			return nil, missing("cannot find the image: %w", err)
 		}
 		named, ok := names[ref]
 		if !ok {
-			return nil, fmt.Errorf("%w: %q isn't in the store %s; `clawvm image ls` shows what is, `clawvm image build` and `clawvm image import` make one",
-				ErrNoImage, ref, s.Dir)
+			return nil, missing("cannot find image %q: the store %s has none of that name; `clawvm image ls` shows what it has, `clawvm image build` and `clawvm image import` make one", ref, s.Dir)
 		}
 		digest = named
 	} else if !digestPattern.MatchString(ref) {
-		return nil, fmt.Errorf("%w: %q is no digest: want sha256: and 64 hexadecimal digits", ErrNoImage, ref)
+		return nil, missing("cannot find image %q: that is no digest, which is sha256: and 64 hexadecimal digits", ref)
 	}
 	return s.load(digest, names)
+}
+
+// missingError is ErrNoImage in the words of what was looked for.
+type missingError struct{ error }
+
+func (missingError) Is(target error) bool { return target == ErrNoImage }
+
+func missing(format string, args ...any) error {
+	return missingError{fmt.Errorf(format, args...)}
 }
 
 // load reads one image's metadata.
@@ -194,7 +205,7 @@ func (s *Store) load(digest string, names map[string]string) (*Image, error) {
 			// Metadata are for show; the check tells what else is gone.
 			meta, err = metadata{}, nil
 		} else {
-			return nil, fmt.Errorf("%w: %s isn't in the store %s; `clawvm image ls` shows what is", ErrNoImage, digest, s.Dir)
+			return nil, missing("cannot find image %s: the store %s has none of that digest; `clawvm image ls` shows what it has", digest, s.Dir)
 		}
 	} else if err != nil {
 		return nil, fmt.Errorf("cannot read the metadata of image %s: %w", digest, err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"regexp"
@@ -19,7 +20,7 @@ import (
 const VirtiofsdVariable = "CLAWVM_VIRTIOFSD"
 
 // ErrNoVirtiofsd means that the host has no virtiofsd that clawvm can use.
-var ErrNoVirtiofsd = errors.New("no usable virtiofsd")
+var ErrNoVirtiofsd = errors.New("cannot find a virtiofsd")
 
 // Where distributions put it: Debian 13, Ubuntu and Fedora; Arch; Debian 12,
 // where QEMU 7 brings its own.
@@ -65,7 +66,7 @@ var versionPattern = regexp.MustCompile(`(?m)^virtiofsd (version |backend )?(\d+
 func parseVersion(path, output string) (*Virtiofsd, error) {
 	m := versionPattern.FindStringSubmatch(output)
 	if m == nil {
-		return nil, fmt.Errorf("%s doesn't say which version it is: %q", path, excerpt(output))
+		return nil, fmt.Errorf("%s, which doesn't say which version it is: %q", path, excerpt(output))
 	}
 	var v version
 	for i, s := range m[2:] {
@@ -74,7 +75,7 @@ func parseVersion(path, output string) (*Virtiofsd, error) {
 		}
 		n, err := strconv.Atoi(s)
 		if err != nil {
-			return nil, fmt.Errorf("%s says an impossible version: %q", path, excerpt(output))
+			return nil, fmt.Errorf("%s, which says an impossible version: %q", path, excerpt(output))
 		}
 		v[i] = n
 	}
@@ -84,7 +85,7 @@ func parseVersion(path, output string) (*Virtiofsd, error) {
 		oldest = oldestLegacy
 	}
 	if !v.atLeast(oldest) {
-		return nil, fmt.Errorf("%s is version %s, older than %s", path, v, oldest)
+		return nil, fmt.Errorf("%s, which is version %s, older than %s", path, v, oldest)
 	}
 	return d, nil
 }
@@ -96,7 +97,7 @@ func FindVirtiofsd(ctx context.Context) (*Virtiofsd, error) {
 	if path := os.Getenv(VirtiofsdVariable); path != "" {
 		d, err := askVersion(ctx, path)
 		if err != nil {
-			return nil, fmt.Errorf("%w: %s names one that isn't: %w", ErrNoVirtiofsd, VirtiofsdVariable, err)
+			return nil, fmt.Errorf("%w: %s names %w; correct it, or unset it for the host's own", ErrNoVirtiofsd, VirtiofsdVariable, err)
 		}
 		return d, nil
 	}
@@ -125,19 +126,34 @@ func FindVirtiofsd(ctx context.Context) (*Virtiofsd, error) {
 	if found != nil {
 		return found, nil
 	}
-	if len(why) == 0 {
+	if len(why) > 0 {
+		why[0] = "there is only " + why[0]
+	} else {
 		why = []string{"none is in " + strings.Join(virtiofsdPaths, ", ") + " or on the PATH"}
 	}
 	return nil, fmt.Errorf("%w: %s; install the package virtiofsd (Debian 13, Ubuntu 24.04, Fedora) or qemu-system-common (Debian 12), or let %s name one",
-		ErrNoVirtiofsd, strings.Join(why, "; "), VirtiofsdVariable)
+		ErrNoVirtiofsd, strings.Join(why, " and "), VirtiofsdVariable)
+}
+
+// bare is what an error of the system says beside the path, which the message
+// names already.
+func bare(err error) error {
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		return path.Err
+	}
+	return err
 }
 
 func askVersion(ctx context.Context, path string) (*Virtiofsd, error) {
 	ctx, cancel := context.WithTimeout(ctx, versionLimit)
 	defer cancel()
 	output, err := runShort(ctx, exec.CommandContext(ctx, path, "--version"))
+	if err != nil && output == "" {
+		return nil, fmt.Errorf("%s, which can't be run: %w", path, bare(err))
+	}
 	if err != nil {
-		return nil, fmt.Errorf("%s --version: %w: %s", path, err, excerpt(output))
+		return nil, fmt.Errorf("%s, which doesn't say its version (%w): %s", path, err, excerpt(output))
 	}
 	return parseVersion(path, output)
 }

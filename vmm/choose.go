@@ -27,7 +27,7 @@ const qemuBinary = "qemu-system-x86_64"
 
 // How to get a VMM, for errors.
 const (
-	getQEMU            = "on Debian: apt-get install qemu-system-x86"
+	getQEMU            = "`apt-get install qemu-system-x86` on Debian"
 	getCloudHypervisor = "a static binary of v53 is at github.com/cloud-hypervisor/cloud-hypervisor/releases; put it on the PATH or name it in " + CloudHypervisorEnv
 )
 
@@ -66,15 +66,15 @@ func Choose(declared string, f Facts) (name, why string, err error) {
 		return f.auto()
 	case CloudHypervisor:
 		if f.CloudHypervisor == "" {
-			return "", "", fmt.Errorf("cannot use cloud-hypervisor: %s (%s)", f.whyNoCloudHypervisor(), getCloudHypervisor)
+			return "", "", fmt.Errorf("cannot use cloud-hypervisor: %s; %s", f.whyItIsMissing(), getCloudHypervisor)
 		}
 		if !f.Hardware() {
-			return "", "", fmt.Errorf("cannot use cloud-hypervisor: %s; it needs KVM. `vmm: qemu` can emulate", f.noHardware())
+			return "", "", fmt.Errorf("cannot use cloud-hypervisor: it needs KVM, and %s; declare `vmm: qemu`, which can emulate", f.noHardware())
 		}
 		return CloudHypervisor, "as declared", nil
 	case QEMU:
 		if f.QEMU == "" {
-			return "", "", fmt.Errorf("cannot use qemu: %s is not installed (%s)", qemuBinary, getQEMU)
+			return "", "", fmt.Errorf("cannot use qemu: %s is not installed; %s", qemuBinary, getQEMU)
 		}
 		if !f.Hardware() {
 			return QEMU, "as declared; emulating, since " + f.noHardware(), nil
@@ -93,11 +93,19 @@ func (f Facts) auto() (name, why string, err error) {
 	case f.QEMU != "":
 		return QEMU, "emulating, since " + f.noHardware(), nil
 	case f.Hardware():
-		return "", "", fmt.Errorf("no VMM is installed: %s, nor is %s there. For cloud-hypervisor, %s; for QEMU, %s",
+		return "", "", fmt.Errorf("cannot choose a VMM: %s, nor is %s; for cloud-hypervisor, %s; for QEMU, %s",
 			f.whyNoCloudHypervisor(), qemuBinary, getCloudHypervisor, getQEMU)
 	}
-	return "", "", fmt.Errorf("no VMM can run guests here: %s, so QEMU has to emulate, and %s is not installed (%s)",
+	return "", "", fmt.Errorf("cannot choose a VMM: %s, so QEMU has to emulate, and %s is not installed; %s",
 		f.noHardware(), qemuBinary, getQEMU)
+}
+
+// whyItIsMissing is whyNoCloudHypervisor after its name.
+func (f Facts) whyItIsMissing() string {
+	if f.NoCloudHypervisor != "" {
+		return f.NoCloudHypervisor
+	}
+	return "it is not installed"
 }
 
 func (f Facts) whyNoCloudHypervisor() string {
@@ -120,11 +128,24 @@ func LookHost() Facts {
 	}
 	path, err := exec.LookPath(named)
 	if err != nil {
-		f.NoCloudHypervisor = fmt.Sprintf("%s is set, but %v", CloudHypervisorEnv, err)
+		f.NoCloudHypervisor = fmt.Sprintf("%s names %s, which can't be run: %v", CloudHypervisorEnv, named, bareError(err))
 		return f
 	}
 	f.CloudHypervisor = path
 	return f
+}
+
+// bareError is what an error of exec.LookPath says beside the program's name.
+func bareError(err error) error {
+	var lookup *exec.Error
+	if errors.As(err, &lookup) {
+		err = lookup.Err
+	}
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		err = path.Err
+	}
+	return err
 }
 
 func lookPath(name string) string {

@@ -32,7 +32,7 @@ const (
 )
 
 // ErrNoKernel means that there is no kernel to boot guests with.
-var ErrNoKernel = errors.New("no kernel for guests")
+var ErrNoKernel = errors.New("cannot find a kernel for guests")
 
 // kernelsDir is the directory of kernels in a store.
 const kernelsDir = "kernels"

@@ -22,18 +22,27 @@ import (
 	"github.com/clawvm/clawvm/vmm/qemu"
 )
 
-// Check does the first steps of up, those that change nothing: it says what is
-// wrong with a VM's declaration, or missing on the host.
+// Check does the first steps of up, those that change nothing: it says all that
+// is wrong with a VM's declaration, or missing on the host.
 func Check(ctx context.Context, l Layout, name string) error {
 	s := &Supervisor{layout: l, paths: l.VM(name), name: name, journal: newJournal(), log: log.New(io.Discard, "", 0)}
 	life := &life{Supervisor: s}
+	var failed []stepError
 	for _, st := range steps() {
 		if st.phase != phaseCheck {
-			return nil
+			break
 		}
-		if err := st.do(life, ctx); err != nil {
-			return fmt.Errorf("VM %s: %s: %w", name, st.name, err)
+		err := st.do(life, ctx)
+		if err == nil {
+			continue
 		}
+		failed = append(failed, stepError{st.name, err})
+		if life.vm == nil {
+			break // the other steps look at what it declares
+		}
+	}
+	if len(failed) > 0 {
+		return cannotStart(name, failed...)
 	}
 	return nil
 }
@@ -56,8 +65,7 @@ func (l *life) loadDeclaration(context.Context) error {
 		return fmt.Errorf("cannot ask for the host's memory: %w", err)
 	}
 	if have := int64(info.Totalram) * int64(info.Unit); int64(l.vm.Memory) > have {
-		return coded(ExitDeclaration, fmt.Errorf("%s: memory: %s is more than the %s that this host has; declare less",
-			l.vm.File, l.vm.Memory, config.Size(have>>20<<20)))
+		return coded(ExitDeclaration, l.vm.Problem("memory", fmt.Sprintf("%s is more than the %s that this host has", l.vm.Memory, config.Size(have>>20<<20)), "less"))
 	}
 	l.update(func(st *Status) {
 		st.VCPUs, st.Memory = l.vm.VCPUs, int64(l.vm.Memory)
@@ -132,7 +140,7 @@ func (l *life) openImage(context.Context) error {
 		owner := l.user
 		if s.Owner != "" {
 			if owner, err = l.lookUp(s.Owner); err != nil {
-				return coded(ExitDeclaration, fmt.Errorf("secret %s: owner: %w", s.Name, err))
+				return coded(ExitDeclaration, fmt.Errorf("cannot use secret %s: its owner: %w", s.Name, err))
 			}
 		}
 		l.secrets[i].UID, l.secrets[i].GID = owner.uid, owner.gid

@@ -4,53 +4,72 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
-
-	"github.com/clawvm/clawvm/config"
 )
 
 // Declare makes sure that the declaration in file is the one that its VM goes by:
 // a link to it is made among the root's declarations, unless it lies there. It
-// returns the VM's name. Another declaration of that name is not replaced.
-func Declare(l Layout, file string) (string, error) {
+// returns the VM's name, and whether it made the link, which [Undeclare] removes
+// again. Another declaration of that name is not replaced.
+func Declare(l Layout, file string) (name string, made bool, err error) {
 	abs, err := filepath.Abs(file)
 	if err != nil {
-		return "", err
+		return "", false, fmt.Errorf("cannot use the declaration %s: %w", file, err)
 	}
 	if _, err := os.Stat(abs); err != nil {
-		return "", fmt.Errorf("cannot read the declaration: %w", err)
+		return "", false, coded(ExitDeclaration, fmt.Errorf("cannot use the declaration %s: %w", file, bare(err)))
 	}
 	name, ok := declarationName(abs)
 	if !ok {
-		return "", coded(ExitDeclaration, fmt.Errorf("cannot tell the VM's name from %s: the file is called NAME.yaml or NAME.json, and NAME matches %s", file, config.NamePattern))
+		return "", false, coded(ExitDeclaration, fmt.Errorf("cannot tell the VM's name from %s: a declaration is a file called NAME.yaml or NAME.json, and NAME is a lower-case letter, then lower-case letters, digits and -, 32 at most", file))
 	}
 	have, err := l.Declaration(name)
 	var missing *NotDeclaredError
 	if errors.As(err, &missing) {
 		if err := os.MkdirAll(l.Declarations(), 0o755); err != nil {
-			return "", err
+			return "", false, fmt.Errorf("cannot declare VM %s: %w", name, err)
 		}
 		link := filepath.Join(l.Declarations(), name+filepath.Ext(abs))
 		if err := os.Symlink(abs, link); err != nil {
-			return "", fmt.Errorf("cannot declare VM %s: %w", name, err)
+			return "", false, fmt.Errorf("cannot declare VM %s: %w", name, err)
 		}
-		return name, nil
+		return name, true, nil
 	}
 	if err != nil {
-		return "", err
+		return "", false, err
 	}
 	a, err := os.Stat(abs)
 	if err != nil {
-		return "", err
+		return "", false, fmt.Errorf("cannot use the declaration %s: %w", file, bare(err))
 	}
 	if b, err := os.Stat(have); err != nil || !os.SameFile(a, b) {
-		return "", coded(ExitDeclaration, fmt.Errorf("VM %s is declared by %s already: remove that, or give %s another name", name, have, file))
+		return "", false, coded(ExitDeclaration, fmt.Errorf("cannot declare VM %s by %s: it is declared by %s already; remove that, or give %s another name", name, file, have, file))
 	}
-	return name, nil
+	return name, false, nil
+}
+
+// Undeclare removes the link that Declare made.
+func Undeclare(l Layout, name string) error {
+	if err := removeDeclarationLink(l, name); err != nil {
+		return fmt.Errorf("cannot remove the link to the declaration of VM %s: %w", name, err)
+	}
+	return nil
+}
+
+// bare is what an error of the system says beside the path, which the message
+// names already.
+func bare(err error) error {
+	var path *fs.PathError
+	if errors.As(err, &path) {
+		return path.Err
+	}
+	return err
 }
 
 // launchPoll is how often a starting supervisor's socket is tried: it is there
@@ -108,7 +127,11 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 			if errors.As(err, &exit) {
 				code = exit.ExitCode()
 			}
-			return false, coded(code, fmt.Errorf("cannot start VM %s: its supervisor ended at once: %s", name, lastLine(said[:n])))
+			why := strings.TrimPrefix(lastLine(said[:n]), "clawvm: ")
+			if !strings.HasPrefix(why, "cannot start VM "+name) {
+				why = fmt.Sprintf("cannot start VM %s: its supervisor ended at once: %s", name, why)
+			}
+			return false, coded(code, errors.New(why))
 		case <-tick.C:
 			if _, err := client.Status(ctx); err == nil {
 				return true, nil

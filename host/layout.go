@@ -41,7 +41,7 @@ func OpenLayout(root string) (Layout, error) {
 	}
 	l := Layout{Root: abs}
 	if n := len(l.path(longestSocket)); n > sunPathMax {
-		return Layout{}, fmt.Errorf("cannot use root %s: the sockets below it would have paths of up to %d bytes, and the kernel allows %d; choose a root that is %d bytes shorter",
+		return Layout{}, fmt.Errorf("cannot use root %s: the sockets below it would have paths of up to %d bytes, and the kernel allows %d; choose one that is %d bytes shorter",
 			abs, n, sunPathMax, n-sunPathMax)
 	}
 	if err := l.makeSkeleton(); err != nil {
@@ -173,7 +173,7 @@ func (l Layout) Declaration(name string) (string, error) {
 		if _, err := os.Stat(file); err == nil {
 			return file, nil
 		} else if !errors.Is(err, fs.ErrNotExist) {
-			return "", fmt.Errorf("cannot read the declaration of VM %s: %w", name, err)
+			return "", coded(ExitDeclaration, fmt.Errorf("cannot read the declaration of VM %s: %s: %w", name, file, bare(err)))
 		}
 	}
 	return "", &NotDeclaredError{Name: name, Want: filepath.Join(l.Declarations(), name+declarationExtensions[0])}
@@ -185,7 +185,7 @@ var declarationExtensions = []string{".yaml", ".yml", ".json"}
 type NotDeclaredError struct{ Name, Want string }
 
 func (e *NotDeclaredError) Error() string {
-	return fmt.Sprintf("there is no VM %s: write its declaration to %s, or give a file to clawvm up", e.Name, e.Want)
+	return fmt.Sprintf("cannot find VM %s: nothing declares it; write its declaration to %s, or give a file to `clawvm up`", e.Name, e.Want)
 }
 
 // Declared lists the names of the VMs that have a declaration, sorted.

@@ -6,7 +6,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -103,13 +102,9 @@ func (s *sockets) openFlows(index int) error {
 
 // openPort listens on a published port.
 func (s *sockets) openPort(i int, p config.Port) error {
-	at := netip.AddrPortFrom(p.HostAddress, p.HostPort)
-	l, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(at))
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return fmt.Errorf("cannot publish port %s: another program listens there (ss -tlnp 'sport = :%d' shows which)", at, p.HostPort)
-	}
+	l, err := listenPort(p)
 	if err != nil {
-		return fmt.Errorf("cannot publish port %s: %w", at, err)
+		return err
 	}
 	f, err := l.File()
 	return errors.Join(s.add(gate.FilePort(i), f, err), l.Close())

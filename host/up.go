@@ -76,17 +76,21 @@ func steps() []step {
 		{"image", phaseCheck, (*life).openImage},
 		{"VMM", phaseCheck, (*life).chooseVMM},
 		{"kernel", phaseCheck, (*life).prepareKernel},
+		{"address", phaseCheck, (*life).checkAddress},
+		{"bridge", phaseCheck, (*life).checkBridge},
+		{"shares", phaseCheck, (*life).checkShares},
+		{"ports", phaseCheck, (*life).checkPorts},
 
 		{"left-overs", "disks", (*life).cleanUp},
-		{"address", "disks", (*life).lease},
+		{"lease", "disks", (*life).lease},
 		{"disks", "disks", (*life).prepareDisks},
 		{"staging", "disks", (*life).stageSecrets},
-		{"bridge", "network", (*life).attachPort},
+		{"port", "network", (*life).attachPort},
 		{"sockets", "network", (*life).openSockets},
 		{"rules", "network", (*life).applyRules},
 		{"gate", "network", (*life).startGate},
 		{"boot document", "VM", (*life).writeBootDocument},
-		{"shares", "VM", (*life).startShares},
+		{"servers of shares", "VM", (*life).startShares},
 		{"VM", "VM", (*life).startVMM},
 		{"guest", "guest", (*life).awaitGuest},
 		{"ready", "ready", (*life).awaitReady},
@@ -160,7 +164,7 @@ func (l *life) bringUp(ctx context.Context) error {
 		err := st.do(l, ctx)
 		took := time.Since(began)
 		if err != nil {
-			err = fmt.Errorf("VM %s: %s: %w", l.name, st.name, err)
+			err = cannotStart(l.name, stepError{st.name, err})
 			l.journal.add(Progress{Step: st.name, Phase: st.phase, State: StepFailed, Text: err.Error(), Took: took.Milliseconds()})
 			return err
 		}

@@ -31,10 +31,25 @@ func run(args []string) int {
 	}
 	var quiet silent
 	if !errors.As(err, &quiet) {
-		fmt.Fprintln(os.Stderr, "clawvm:", strings.TrimRight(err.Error(), "\n"))
+		say(err)
 	}
 	return exitCode(err)
 }
+
+// say prints an error on standard error: of many that are joined, each with the
+// program's name before it.
+func say(err error) {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok && joinedText(err, joined.Unwrap()) {
+		for _, e := range joined.Unwrap() {
+			say(e)
+		}
+		return
+	}
+	fmt.Fprintln(os.Stderr, "clawvm:", strings.TrimRight(err.Error(), "\n"))
+}
+
+// joinedText says whether err is only the errors of the list, and adds nothing.
+func joinedText(err error, list []error) bool { return err.Error() == errors.Join(list...).Error() }
 
 // silent is an exit code without a message: everything is said already.
 type silent struct{ code int }
@@ -83,7 +98,7 @@ func newApp() *cli.App {
 		OnUsageError:   onUsageError,
 		Action: func(c *cli.Context) error {
 			if c.Args().Present() {
-				return usageError{fmt.Errorf("%q is not a command; clawvm help lists them", c.Args().First())}
+				return unknownCommand(c)
 			}
 			return cli.ShowAppHelp(c)
 		},
@@ -91,12 +106,42 @@ func newApp() *cli.App {
 	for _, c := range allCommands(app.Commands) {
 		c.OnUsageError = onUsageError
 		c.UseShortOptionHandling = true
+		if len(c.Subcommands) > 0 {
+			c.Action = func(c *cli.Context) error {
+				if c.Args().Present() {
+					return unknownCommand(c)
+				}
+				return cli.ShowSubcommandHelp(c)
+			}
+		}
 	}
 	return app
 }
 
+// unknownCommand refuses a word that is no command.
+func unknownCommand(c *cli.Context) error {
+	return usageError{fmt.Errorf("there is no command %q; `%s --help` lists them", commandName(c)+" "+c.Args().First(), commandName(c))}
+}
+
+// commandName is how the command is typed, such as "clawvm image ls".
+func commandName(c *cli.Context) string {
+	if name := c.Command.FullName(); name != "" && name != c.App.Name {
+		return "clawvm " + name
+	}
+	return "clawvm"
+}
+
+// onUsageError says which flag is wrong in words of ours: those of package flag
+// are about flags in a program.
 func onUsageError(c *cli.Context, err error, _ bool) error {
-	return usageError{fmt.Errorf("%w; clawvm %s --help says more", err, c.Command.Name)}
+	if flag, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
+		dashes := "--"
+		if len(strings.TrimLeft(flag, "-")) == 1 {
+			dashes = "-"
+		}
+		err = fmt.Errorf("there is no flag %s%s", dashes, strings.TrimLeft(flag, "-"))
+	}
+	return usageError{fmt.Errorf("%w; `%s --help` lists them", err, commandName(c))}
 }
 
 func allCommands(list []*cli.Command) []*cli.Command {
@@ -126,7 +171,7 @@ const rootKey = "root"
 // needs its privileges.
 func needRoot() error {
 	if os.Geteuid() != 0 {
-		return &host.CodedError{Code: host.ExitNoPerm, Err: errors.New("this needs root: it makes network devices and starts processes under other users; try sudo")}
+		return &host.CodedError{Code: host.ExitNoPerm, Err: fmt.Errorf("cannot do this as uid %d: it needs root, for network devices and for processes under other users; try sudo", os.Geteuid())}
 	}
 	return nil
 }

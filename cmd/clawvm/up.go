@@ -33,19 +33,28 @@ func upCommand() *cli.Command {
 			if !c.Args().Present() {
 				return usageError{errors.New("clawvm up wants a declaration's file or the name of a VM")}
 			}
-			var names []string
+			var names, linked []string
+			var errs []error
 			for _, arg := range c.Args().Slice() {
-				name, err := declared(l, arg)
-				if err != nil {
-					return err
+				name, made, err := declared(l, arg)
+				names, errs = append(names, name), append(errs, err)
+				if made {
+					linked = append(linked, name)
 				}
-				names = append(names, name)
 			}
 			ctx := c.Context
 			if t := c.Duration("timeout"); t > 0 {
 				var cancel context.CancelFunc
 				ctx, cancel = context.WithTimeoutCause(ctx, t, errWaited{t})
 				defer cancel()
+			}
+			// All that is wrong is said before anything is started, and then nothing
+			// stays declared that was not.
+			if err := errors.Join(errs...); err != nil {
+				return errors.Join(append(errs, undeclare(l, linked))...)
+			}
+			if err := checkAll(ctx, l, names); err != nil {
+				return errors.Join(err, undeclare(l, linked))
 			}
 			return upAll(ctx, l, names, !c.Bool("no-wait"))
 		},
@@ -57,33 +66,42 @@ type errWaited struct{ after time.Duration }
 
 func (e errWaited) Error() string { return fmt.Sprintf("not ready within %s", e.after) }
 
-// declared returns the name of the VM that an argument of up stands for.
-func declared(l host.Layout, arg string) (string, error) {
+// declared returns the name of the VM that an argument of up stands for, and
+// whether it is declared only by this.
+func declared(l host.Layout, arg string) (name string, made bool, err error) {
 	if strings.ContainsRune(arg, '/') || strings.HasSuffix(arg, ".yaml") || strings.HasSuffix(arg, ".yml") || strings.HasSuffix(arg, ".json") {
 		return host.Declare(l, arg)
 	}
-	name, err := validName(arg)
-	if err != nil {
-		return "", err
+	if name, err = validName(arg); err != nil {
+		return "", false, err
 	}
 	_, err = l.Declaration(name)
-	return name, err
+	return name, false, err
 }
 
-// upAll brings VMs up side by side.
-func upAll(ctx context.Context, l host.Layout, names []string, wait bool) error {
-	// All that is wrong is said before anything is started.
+func undeclare(l host.Layout, names []string) error {
+	var errs []error
+	for _, n := range names {
+		errs = append(errs, host.Undeclare(l, n))
+	}
+	return errors.Join(errs...)
+}
+
+// checkAll says all that is wrong with VMs that are not up.
+func checkAll(ctx context.Context, l host.Layout, names []string) error {
 	var errs []error
 	for _, n := range names {
 		if _, err := l.Dial(n).Status(ctx); errors.Is(err, host.ErrNotRunning) {
 			errs = append(errs, host.Check(ctx, l, n))
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
-		return err
-	}
+	return errors.Join(errs...)
+}
+
+// upAll brings VMs up side by side.
+func upAll(ctx context.Context, l host.Layout, names []string, wait bool) error {
 	screen := newScreen(os.Stdout, len(names) > 1)
-	errs = make([]error, len(names))
+	errs := make([]error, len(names))
 	var wg sync.WaitGroup
 	for i, n := range names {
 		wg.Go(func() { errs[i] = upOne(ctx, l, n, wait, screen) })
@@ -126,7 +144,7 @@ func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *s
 		last = host.Progress{State: host.VMEnded, Text: err.Error()}
 	}
 	if last.State == host.VMEnded {
-		return failed(ctx, l, name, last.Text)
+		return failed(ctx, l, name, last.Text, began)
 	}
 	screen.say(name, nextSteps(ctx, l, name, time.Since(began)))
 	return nil
@@ -136,8 +154,8 @@ func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *s
 const lastLines = 15
 
 // failed explains a start that failed: the error, and the ends of what the guest
-// said.
-func failed(ctx context.Context, l host.Layout, name, why string) error {
+// said since it began.
+func failed(ctx context.Context, l host.Layout, name, why string, began time.Time) error {
 	var b strings.Builder
 	if why == "" {
 		why = "VM " + name + " was taken down while it started"
@@ -147,6 +165,9 @@ func failed(ctx context.Context, l host.Layout, name, why string) error {
 	for _, log := range []struct{ what, path string }{
 		{"the console", p.ConsoleLog()}, {"the workload", p.WorkloadLog()}, {"the VMM", p.VMMLog()},
 	} {
+		if st, err := os.Lstat(log.path); err != nil || st.ModTime().Before(began) {
+			continue // nothing was said, or by an earlier start
+		}
 		lines, err := host.Tail(log.path, lastLines)
 		if err != nil {
 			fmt.Fprintf(&b, "\n(cannot read %s: %v)", log.path, err)

@@ -2,6 +2,8 @@ package host
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -185,7 +188,7 @@ func (l *life) chooseVMM(ctx context.Context) error {
 		q.KVM = l.hostFacts.Hardware()
 		l.vmmProgram = q
 	}
-	version, err := l.vmmProgram.Version(ctx)
+	version, err := l.vmmVersion(ctx)
 	if err != nil {
 		return coded(ExitDeclaration, err)
 	}
@@ -210,8 +213,56 @@ func (l *life) prepareKernel(ctx context.Context) error {
 		return err
 	}
 	l.update(func(st *Status) { st.Kernel = l.kernel.Release })
-	l.boot, err = kernel.Prepare(ctx, l.kernel, init, l.layout.BootCache())
+	l.boot, err = l.bootFiles(ctx, init)
 	return err
+}
+
+// vmmVersion asks the VMM for its version, once as long as its program stays the
+// same: QEMU takes 30 ms to say it.
+func (l *life) vmmVersion(ctx context.Context) (string, error) {
+	program := l.hostFacts.QEMU
+	if l.vmmProgram.Name() == vmm.CloudHypervisor {
+		program = l.hostFacts.CloudHypervisor
+	}
+	return remember(filepath.Join(l.layout.Known(), l.vmmProgram.Name()+".json"), []string{program},
+		func(version string) bool { return version != "" },
+		func() (string, error) { return l.vmmProgram.Version(ctx) })
+}
+
+// ownProgram is the program that runs, also when its file was replaced meanwhile.
+const ownProgram = "/proc/self/exe"
+
+// bootFiles are what the VMM loads. Making them anew to find that they are there
+// would read and hash the kernel, its modules and the guest's init.
+func (l *life) bootFiles(ctx context.Context, init string) (*kernel.Boot, error) {
+	// depmod(8) rewrites these lists whenever modules change. What is made of them is this program's decision.
+	on := []string{l.kernel.Image, init, ownProgram}
+	if m := l.kernel.Modules; m != "" {
+		on = append(on, m, filepath.Join(m, "modules.dep"), filepath.Join(m, "modules.builtin"))
+	}
+	name := sha256.Sum256([]byte(l.kernel.Image))
+	file := filepath.Join(l.layout.Known(), "boot-"+hex.EncodeToString(name[:8])+".json")
+	return remember(file, on, stillThere, func() (*kernel.Boot, error) {
+		return kernel.Prepare(ctx, l.kernel, init, l.layout.BootCache())
+	})
+}
+
+// stillThere looks for remembered files and, as kernel.Prepare does, says by
+// their directories' time that they are in use.
+func stillThere(b *kernel.Boot) bool {
+	if b == nil {
+		return false
+	}
+	now := time.Now()
+	for _, file := range []string{b.Vmlinux, b.Initramfs} {
+		if _, err := os.Stat(file); err != nil {
+			return false
+		}
+		if err := os.Chtimes(filepath.Dir(file), now, now); err != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // initVariable names the guest's init where it isn't installed, as in tests.

@@ -106,7 +106,13 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 	cmd := exec.Command(self, "--root", l.Root, "run", name)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	// In a mount namespace of its own from the start: see EnterMountNamespace.
+	here, err := mountNamespace()
+	if err != nil {
+		return false, err
+	}
+	cmd.Env = append(os.Environ(), privateMounts+"="+here)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNS}
 	if err := cmd.Start(); err != nil {
 		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
 	}

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -130,6 +131,8 @@ func (l *life) live(ctx context.Context) (ending, error) {
 		l.journal.add(Progress{State: VMReady})
 		l.tellSystemd("READY=1")
 		l.logf("ready")
+		// What the start needed, a running VM does not: the kernel's files above all, where they had to be made.
+		go debug.FreeOSMemory()
 		var how ending
 		how, err = l.awaitEnd(ctx)
 		if err == nil && how != endedByOwner {

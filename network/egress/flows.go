@@ -96,6 +96,9 @@ func (f *Flows) read(ctx context.Context, file *os.File, handle func(netlink.Mes
 		return err
 	}
 	buf := make([]byte, datagramSize)
+	if ctx.Err() != nil {
+		return f.drain(conn, buf, handle, lost)
+	}
 	for {
 		n, err := receive(raw, buf)
 		switch {

@@ -59,6 +59,28 @@ func TestConnectionIsLogged(t *testing.T) {
 	}
 }
 
+// What has arrived when Watch is told to end is still logged.
+func TestWatchEndsWithWhatHasArrived(t *testing.T) {
+	w := newWorld(t)
+	flows, conntrack := openBoth(t)
+	w.talk(t, 1, 1)
+	if n, err := CutFlows(guestAddr); err != nil || n != 1 {
+		t.Fatalf("cut %d, %v", n, err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	rec := new(recorder)
+	if err := (&Flows{VM: "claw", Address: guestAddr, Log: rec.log}).Watch(ctx, flows, conntrack); err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range rec.all() {
+		if e.Kind == KindClose {
+			return
+		}
+	}
+	t.Errorf("logged %+v", rec.all())
+}
+
 // The kernel forgets a closed connection by itself, here after a second.
 func TestConnectionThatExpires(t *testing.T) {
 	w := newWorld(t)

@@ -97,7 +97,7 @@ func (l *Log) Write(e Event) {
 	}
 	before := len(l.queue)
 	l.queue = append(e.appendJSON(l.queue), '\n')
-	if len(l.queue)-before > maxLine || false {
+	if len(l.queue)-before > maxLine || len(l.queue) > logQueue {
 		l.queue = l.queue[:before]
 		l.dropped++
 		l.vm = e.VM

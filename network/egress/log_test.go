@@ -158,6 +158,9 @@ func TestLogDrops(t *testing.T) {
 	<-hung
 	written := 1
 	for l.Dropped() < 100 {
+		if written > logQueue {
+			t.Fatal("the queue has no bound")
+		}
 		l.Write(numbered(written))
 		written++
 	}

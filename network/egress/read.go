@@ -18,6 +18,7 @@ import (
 
 const (
 	maxLogFiles    = 100                    // where the search for predecessors ends
+	maxLooks       = 100                    // at the files, each time with one of them gone at the second glance
 	followInterval = 200 * time.Millisecond // polled: inotify instances are few on a host (128 a user), and a person reads this
 )
 
@@ -89,7 +90,7 @@ func (r *logReader) close() {
 // next opens the file that follows the open one, or the oldest at first, once the open one is done with.
 // It reports whether it did. The writer may rotate at any moment: what was listed is compared with what was opened.
 func (r *logReader) next() (bool, error) {
-	for {
+	for range maxLooks {
 		var all []fs.FileInfo // youngest first; in this order a rotation meanwhile shows a file twice, but hides none
 		for i := range maxLogFiles {
 			info, err := os.Lstat(rotated(r.path, i))
@@ -140,6 +141,7 @@ func (r *logReader) next() (bool, error) {
 		r.file, r.info, r.lines, r.partial, r.skip, r.gap = f, info, bufio.NewReaderSize(f, maxLine), nil, false, vanished
 		return true, nil
 	}
+	return false, fmt.Errorf("%s is replaced all the time", r.path)
 }
 
 // drained reports whether the open file has been read to its end.

@@ -91,9 +91,9 @@ func (d *decoder) checkReference(vm *VM, path, name, source string) {
 		for i, s := range vm.Secrets {
 			names[i] = s.Name
 		}
-		want := "declare it: secrets: {" + name + ": " + source + "}"
+		want := "it declared: secrets: {" + name + ": " + source + "}"
 		if meant := nearest(name, names); meant != "" {
-			want = meant + " may be meant"
+			want = meant + ", most likely"
 		}
 		d.fail(at, path, "there is no secret "+name, want)
 		return

@@ -227,12 +227,12 @@ func TestLoadRefusesWhatIsNoFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, want := range map[string]string{
-		"dir.yaml":    "DIR/dir.yaml: it is a directory; a declaration is a file",
-		"pipe.yaml":   "DIR/pipe.yaml: it is a pipe; a declaration is a file",
-		"zero.yaml":   "DIR/zero.yaml: it is a device; a declaration is a file",
-		"large.yaml":  "DIR/large.yaml: it is larger than 1MiB; a declaration has some 1 KiB",
+		"dir.yaml":    "DIR/dir.yaml: it is a directory; want a file",
+		"pipe.yaml":   "DIR/pipe.yaml: it is a pipe; want a file",
+		"zero.yaml":   "DIR/zero.yaml: it is a device; want a file",
+		"large.yaml":  "DIR/large.yaml: it is larger than 1MiB; want a declaration, which is some 1 KiB",
 		"Upper.yaml":  `DIR/Upper.yaml: the VM would be called as the file: "Upper" is no name for a VM: a lower-case letter, then lower-case letters, digits and -, 32 at most`,
-		"a.toml":      "DIR/a.toml: it isn't called as a declaration is; its name ends with .yaml, .yml or .json",
+		"a.toml":      "DIR/a.toml: it isn't called as a declaration is; want a name that ends with .yaml, .yml or .json",
 		"absent.yaml": "cannot read the declaration DIR/absent.yaml: there is no such file: file does not exist",
 	} {
 		_, err := Load(at(name), nil)

@@ -49,7 +49,7 @@ func (d *decoder) fields(n *node, path string, known ...field) bool {
 		if i < 0 {
 			want := "one of " + strings.Join(names, ", ")
 			if meant := nearest(e.key, names); meant != "" {
-				want = meant + " may be meant"
+				want = meant + ", most likely"
 			}
 			d.fail(e.place, bounded(where), "there is no such field", want)
 			continue

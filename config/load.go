@@ -21,7 +21,7 @@ func Load(path string, h *Host) (*VM, error) {
 	base := filepath.Base(path)
 	ending := filepath.Ext(base)
 	if !slices.Contains(endings, ending) {
-		return nil, Problems{{File: path, Wrong: "it isn't called as a declaration is", Want: "its name ends with .yaml, .yml or .json"}}
+		return nil, Problems{{File: path, Wrong: "it isn't called as a declaration is", Want: "a name that ends with .yaml, .yml or .json"}}
 	}
 	name := strings.TrimSuffix(base, ending)
 	if err := ValidName(name); err != nil {
@@ -56,7 +56,7 @@ func readRegular(f *os.File, path string) ([]byte, error) {
 		return nil, fmt.Errorf("cannot read the declaration: %w", err)
 	}
 	if !info.Mode().IsRegular() {
-		return nil, Problems{{File: path, Wrong: "it is " + fileType(info.Mode()), Want: "a declaration is a file"}}
+		return nil, Problems{{File: path, Wrong: "it is " + fileType(info.Mode()), Want: "a file"}}
 	}
 	if info.Size() > maxFile {
 		return nil, Problems{tooLarge(path)}
@@ -69,7 +69,7 @@ func readRegular(f *os.File, path string) ([]byte, error) {
 }
 
 func tooLarge(path string) Problem {
-	return Problem{File: path, Wrong: "it is larger than " + Size(maxFile).String(), Want: "a declaration has some 1 KiB"}
+	return Problem{File: path, Wrong: "it is larger than " + Size(maxFile).String(), Want: "a declaration, which is some 1 KiB"}
 }
 
 func fileType(m fs.FileMode) string {

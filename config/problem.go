@@ -12,10 +12,10 @@ type Problem struct {
 	Line, Column int    // from 1; 0: the file as a whole
 	Field        string // its path, such as volumes[0].mount; empty: the file as a whole
 	Wrong        string // what is wrong with it
-	Want         string // what would be right; may be empty
+	Want         string // what would be right, to be read after "want"; may be empty
 }
 
-// String is the problem as one line: file:line:column: field: what is wrong; what would be right.
+// String is the problem as one line: file:line:column: field: what is wrong; want what would be right.
 func (p Problem) String() string {
 	var b strings.Builder
 	b.WriteString(p.File)
@@ -28,7 +28,7 @@ func (p Problem) String() string {
 	}
 	b.WriteString(p.Wrong)
 	if p.Want != "" {
-		b.WriteString("; " + p.Want)
+		b.WriteString("; want " + p.Want)
 	}
 	return b.String()
 }

@@ -36,7 +36,7 @@ func howMany(n *node, names ...string) string {
 func (d *decoder) require(n *node, path string, names ...string) {
 	for _, name := range names {
 		if n.kind == mapping && n.get(name) == nil {
-			d.fail(n.place, path, "has no "+name, "add "+name+": …")
+			d.fail(n.place, path, "has no "+name, name+": …")
 		}
 	}
 }

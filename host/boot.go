@@ -204,7 +204,7 @@ func (l *life) startShares(ctx context.Context) error {
 	for i, s := range l.vm.Shares {
 		uid, gid, err := ownerOf(s.Source)
 		if err != nil {
-			return coded(ExitDeclaration, fmt.Errorf("share %s: %w", s.Source, err))
+			return coded(ExitDeclaration, err)
 		}
 		shares = append(shares, storage.Share{
 			Tag: fmt.Sprintf(shareTag, i), Source: s.Source, ReadOnly: s.ReadOnly, Cache: storage.CacheAuto,
@@ -239,7 +239,7 @@ func (l *life) startShares(ctx context.Context) error {
 func ownerOf(dir string) (uid, gid int, err error) {
 	var st unix.Stat_t
 	if err := unix.Stat(dir, &st); err != nil {
-		return 0, 0, fmt.Errorf("%w: make the directory, or take the share out of the declaration", err)
+		return 0, 0, fmt.Errorf("cannot share %s: %w; make the directory, or take the share out of the declaration", dir, err)
 	}
 	return int(st.Uid), int(st.Gid), nil
 }
@@ -284,11 +284,12 @@ func (l *life) blameShares(err error) error {
 	for i, d := range l.daemons {
 		select {
 		case <-d.Done():
+			why := fmt.Errorf("cannot serve a share: %w", d.Err())
 			said, terr := Tail(l.paths.ShareLog(l.machine.Shares[i].Tag), 1)
-			err = errors.Join(d.Err(), err, terr)
 			if len(said) > 0 {
-				err = fmt.Errorf("%s: %w", said[0], err)
+				why = fmt.Errorf("%w; its last words: %s", why, said[0])
 			}
+			err = errors.Join(why, err, terr)
 		default:
 		}
 	}

@@ -68,7 +68,7 @@ func (l *life) loadDeclaration(context.Context) error {
 		return fmt.Errorf("cannot ask for the host's memory: %w", err)
 	}
 	if have := int64(info.Totalram) * int64(info.Unit); int64(l.vm.Memory) > have {
-		return coded(ExitDeclaration, l.vm.Problem("memory", fmt.Sprintf("%s is more than the %s that this host has", l.vm.Memory, config.Size(have>>20<<20)), "less"))
+		return coded(ExitDeclaration, l.vm.Problem("memory", fmt.Sprintf("%s is more than the %s that this host has", l.vm.Memory, config.Size(have>>20<<20)), "less than that"))
 	}
 	l.update(func(st *Status) {
 		st.VCPUs, st.Memory = l.vm.VCPUs, int64(l.vm.Memory)

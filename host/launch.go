@@ -23,7 +23,7 @@ func Declare(l Layout, file string) (name string, made bool, err error) {
 		return "", false, fmt.Errorf("cannot use the declaration %s: %w", file, err)
 	}
 	if _, err := os.Stat(abs); err != nil {
-		return "", false, coded(ExitDeclaration, fmt.Errorf("cannot use the declaration %s: %w", file, bare(err)))
+		return "", false, coded(ExitDeclaration, fmt.Errorf("cannot use the declaration %s: %w", file, Bare(err)))
 	}
 	name, ok := declarationName(abs)
 	if !ok {
@@ -46,7 +46,7 @@ func Declare(l Layout, file string) (name string, made bool, err error) {
 	}
 	a, err := os.Stat(abs)
 	if err != nil {
-		return "", false, fmt.Errorf("cannot use the declaration %s: %w", file, bare(err))
+		return "", false, fmt.Errorf("cannot use the declaration %s: %w", file, Bare(err))
 	}
 	if b, err := os.Stat(have); err != nil || !os.SameFile(a, b) {
 		return "", false, coded(ExitDeclaration, fmt.Errorf("cannot declare VM %s by %s: it is declared by %s already; remove that, or give %s another name", name, file, have, file))
@@ -62,9 +62,9 @@ func Undeclare(l Layout, name string) error {
 	return nil
 }
 
-// bare is what an error of the system says beside the path, which the message
+// Bare is what an error of the system says beside the path, which the message
 // names already.
-func bare(err error) error {
+func Bare(err error) error {
 	var path *fs.PathError
 	if errors.As(err, &path) {
 		return path.Err
@@ -103,6 +103,7 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 	if err != nil {
 		return false, err
 	}
+	began := time.Now()
 	cmd := exec.Command(self, "--root", l.Root, "run", name)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
@@ -132,6 +133,9 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 			var exit *exec.ExitError
 			if errors.As(err, &exit) {
 				code = exit.ExitCode()
+			}
+			if e, eerr := readEnd(paths.LastEnd()); eerr == nil && e.Failed() && e.Time.After(began) {
+				return false, coded(e.Code, errors.New(e.Reason))
 			}
 			why := strings.TrimPrefix(lastLine(said[:n]), "clawvm: ")
 			if !strings.HasPrefix(why, "cannot start VM "+name) {

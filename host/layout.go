@@ -41,8 +41,8 @@ func OpenLayout(root string) (Layout, error) {
 	}
 	l := Layout{Root: abs}
 	if n := len(l.path(longestSocket)); n > sunPathMax {
-		return Layout{}, fmt.Errorf("cannot use root %s: the sockets below it would have paths of up to %d bytes, and the kernel allows %d; choose one that is %d bytes shorter",
-			abs, n, sunPathMax, n-sunPathMax)
+		return Layout{}, coded(ExitUsage, fmt.Errorf("cannot use root %s: the sockets below it would have paths of up to %d bytes, and the kernel allows %d; choose one that is %d bytes shorter",
+			abs, n, sunPathMax, n-sunPathMax))
 	}
 	if err := l.makeSkeleton(); err != nil {
 		return Layout{}, fmt.Errorf("cannot use root %s: %w", abs, err)
@@ -173,7 +173,7 @@ func (l Layout) Declaration(name string) (string, error) {
 		if _, err := os.Stat(file); err == nil {
 			return file, nil
 		} else if !errors.Is(err, fs.ErrNotExist) {
-			return "", coded(ExitDeclaration, fmt.Errorf("cannot read the declaration of VM %s: %s: %w", name, file, bare(err)))
+			return "", coded(ExitDeclaration, fmt.Errorf("cannot read the declaration of VM %s: %s: %w", name, file, Bare(err)))
 		}
 	}
 	return "", &NotDeclaredError{Name: name, Want: filepath.Join(l.Declarations(), name+declarationExtensions[0])}

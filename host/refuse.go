@@ -23,10 +23,15 @@ func (l *life) checkAddress(context.Context) error {
 // checkBridge looks whether the bridge is this root's, or can become it.
 func (l *life) checkBridge(context.Context) error {
 	h := l.hostConfig
-	if err := (network.Bridge{Name: h.Bridge, Address: h.Address, Owner: l.layout.ID}).Check(); err != nil {
-		return coded(ExitDeclaration, fmt.Errorf("%w; declare another `bridge:` and `address:` in %s", err, l.layout.HostConfig()))
+	err := (network.Bridge{Name: h.Bridge, Address: h.Address, Owner: l.layout.ID}).Check()
+	var route *network.RouteError
+	switch {
+	case errors.As(err, &route):
+		err = fmt.Errorf("%w; declare another `address:` in %s", err, l.layout.HostConfig())
+	case errors.Is(err, network.ErrNotOurs):
+		err = fmt.Errorf("%w; declare another `bridge:` and `address:` in %s", err, l.layout.HostConfig())
 	}
-	return nil
+	return coded(ExitDeclaration, err)
 }
 
 // checkShares looks whether each declared share can be served as declared.
@@ -96,7 +101,7 @@ func cannotStart(name string, failed ...stepError) error {
 	}
 	text := fmt.Sprintf("cannot start VM %s: %s", name, strings.Join(lines, ""))
 	if len(lines) > 1 {
-		text = fmt.Sprintf("cannot start VM %s: there are %d problems\n%s", name, len(lines), strings.Join(lines, "\n"))
+		text = fmt.Sprintf("cannot start VM %s:\n%s", name, strings.Join(lines, "\n"))
 	}
 	return &startError{text, errs}
 }

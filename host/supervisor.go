@@ -84,8 +84,22 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		s.logf("%v", err)
 	}
 	s.journal.add(Progress{State: VMEnded, Text: end.Reason})
-	return errors.Join(err, writeEnd(s.paths.LastEnd(), end), control.close(), s.tidy())
+	after := errors.Join(writeEnd(s.paths.LastEnd(), end), control.close(), s.tidy())
+	if after != nil {
+		s.logf("%v", after)
+	}
+	if err = errors.Join(err, after); err != nil {
+		return &LoggedError{err}
+	}
+	return nil
 }
+
+// LoggedError is an error that Supervise has written to its log, which needs no
+// second mention there.
+type LoggedError struct{ Err error }
+
+func (e *LoggedError) Error() string { return e.Err.Error() }
+func (e *LoggedError) Unwrap() error { return e.Err }
 
 // tidy removes the rest of the run directory but for the lock, which is held.
 func (s *Supervisor) tidy() error {

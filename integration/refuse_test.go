@@ -55,6 +55,8 @@ type refusal struct {
 	uid    uint32
 	root   string // another --root
 	before func(t *testing.T, r *refuser)
+	// leaves is what may be left below the root.
+	leaves []string
 }
 
 const (
@@ -171,7 +173,10 @@ var refusals = []refusal{
 	{name: "two-vms", vm: "image: nothing\n", args: []string{"up", "vm", "other"}, before: func(t *testing.T, r *refuser) {
 		r.declare(t, "other", "image: small\nmemory: 1MiB\n")
 	}},
-	{name: "run", vm: "image: nothing\n", args: []string{"run", "vm"}},
+	{
+		name: "run", vm: "image: nothing\n", args: []string{"run", "vm"},
+		leaves: []string{"run/clawvm/vm/lock", "run/clawvm/vm", "var/lib/clawvm/vms/vm/last-end.json", "var/lib/clawvm/vms/vm"},
+	},
 
 	// A declaration that is given as a file.
 	{name: "file-missing", args: []string{"up", "DIR/nothing.yaml"}},
@@ -198,6 +203,29 @@ func TestRefuse(t *testing.T) {
 	for _, c := range refusals {
 		t.Run(c.name, func(t *testing.T) { r.refuse(t, c) })
 	}
+}
+
+// TestRefuseHalfway lets a start fail after network, rules and gate are there,
+// which no check foresees: the server of the image ends at once. Only what
+// outlives every VM stays, and gc --all removes that.
+func TestRefuseHalfway(t *testing.T) {
+	r := newRefuser(t)
+	r.declare(t, "vm", "image: small\noverlay: {tmpfs: 16MiB}\nsecrets: {made: {generate: 32}}\n")
+	t.Cleanup(func() { remove(t, r.declaration("vm")) })
+	before := r.everything(t)
+	got := r.try(t, refusal{args: []string{"up", "vm"}, env: []string{"CLAWVM_VIRTIOFSD=DIR/virtiofsd-1.13"}})
+	if got.code != 1 || !strings.Contains(got.stderr, "cannot start VM vm:") || strings.Count(got.stderr, "VM vm") != 1 {
+		t.Errorf("exit code %d, and it says\n%s", got.code, got.stderr)
+	}
+	t.Log(r.conceal(got.stderr))
+	if out := r.must(t, "gc"); out != "nothing was left behind\n" {
+		t.Errorf("gc says %q", out)
+	}
+	r.must(t, "gc", "--all")
+	r.must(t, "rm", "vm")
+	// An empty file, which all that change rules lock.
+	remove(t, filepath.Join(r.root, "run/clawvm/.rules.lock"))
+	r.compare(t, before, r.everything(t))
 }
 
 func newRefuser(t *testing.T) *refuser {
@@ -274,6 +302,11 @@ func (r *refuser) refuse(t *testing.T, c refusal) {
 	}
 	before := r.everything(t)
 	got := r.try(t, c)
+	for _, path := range c.leaves {
+		if err := os.Remove(filepath.Join(r.root, path)); err != nil {
+			t.Error(err)
+		}
+	}
 	r.compare(t, before, r.everything(t))
 	if got.code == 0 || got.stderr == "" {
 		t.Errorf("exit code %d, and it says %q", got.code, got.stderr)
@@ -355,14 +388,16 @@ var (
 	hostMemory  = regexp.MustCompile(`more than the [0-9]+[KMGT]?i?B that`)
 	hostRelease = regexp.MustCompile(`the host's own \([^)]*\)`)
 	storeHas    = regexp.MustCompile(`\(it has: [^)]*\)`)
+	stepTime    = regexp.MustCompile(`(?m)[0-9.]+ s$`)
 	logTime     = regexp.MustCompile(`(?m)^[0-9]{4}/[0-9/]+ [0-9:]{8} `)
 )
 
 // conceal is the opposite of expand, and hides what the machine is like.
 func (r *refuser) conceal(s string) string {
-	s = strings.NewReplacer(r.dir, "DIR", r.root, "ROOT", r.image, "sha256:SMALL", r.torn, "sha256:TORN").Replace(s)
+	s = strings.NewReplacer(r.dir, "DIR", r.root, "ROOT", r.image, "sha256:SMALL", r.torn, "sha256:TORN", r.bin, "BIN").Replace(s)
 	s = hostMemory.ReplaceAllString(s, "more than the SIZE that")
 	s = hostRelease.ReplaceAllString(s, "the host's own (RELEASE)")
+	s = stepTime.ReplaceAllString(s, "N s")
 	s = logTime.ReplaceAllString(s, "TIME ")
 	return storeHas.ReplaceAllString(s, "(it has: RELEASES)")
 }

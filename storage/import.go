@@ -55,7 +55,11 @@ func (s *Store) ImportDir(ctx context.Context, dir, name string, o ImportOptions
 // a symbolic link, or beyond the bounds is refused.
 func (s *Store) ImportTar(ctx context.Context, r io.Reader, name string, o ImportOptions) (*Image, error) {
 	fill := func(u *unpacker) error { return unpackTar(ctx, r, u) }
-	return s.importTree(ctx, "archive", name, o, fill, nil)
+	what := "archive"
+	if f, ok := r.(*os.File); ok {
+		what = f.Name()
+	}
+	return s.importTree(ctx, what, name, o, fill, nil)
 }
 
 // importTree unpacks into a temporary directory, describes what is there, and

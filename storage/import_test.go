@@ -150,7 +150,7 @@ func TestHostileTar(t *testing.T) {
 		{"cut off", whole[:1800], "cut off"},
 		{"cut off between entries", whole[:1024], "cut off"},
 		{"cut off gzip", compressed(t, "gz", whole)[:100], "cut off"},
-		{"not a tar", bytes.Repeat([]byte("hello world\n"), 500), "cannot be an image"},
+		{"not a tar", bytes.Repeat([]byte("hello world\n"), 500), "can't be an image"},
 		{"bzip2", []byte("BZh91AY&SY"), "bzip2"},
 		{"empty", nil, "is empty"},
 		{"only zeros", make([]byte, 10240), "no entries"},

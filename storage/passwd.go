@@ -20,6 +20,20 @@ const maxPasswd = 1 << 20
 // ErrNoUser means that an image has no such user.
 var ErrNoUser = errors.New("no such user in the image")
 
+// noUserError is ErrNoUser with the users that there are.
+type noUserError struct{ error }
+
+func (noUserError) Is(target error) bool { return target == ErrNoUser }
+
+// quotedList is names for a message; they are the image's own.
+func quotedList(names []string) string {
+	quoted := make([]string, len(names))
+	for i, n := range names {
+		quoted[i] = strconv.Quote(n)
+	}
+	return strings.Join(quoted, ", ")
+}
+
 // LookupUser finds a user of the image by its name, or by its number, in the
 // image's own /etc/passwd. A number that isn't listed there is good too: its
 // group is the same number and its home "/". The file is opened as if the
@@ -58,7 +72,7 @@ func (i *Image) LookupUser(name string) (uid, gid int, home string, err error) {
 	if len(known) > shown {
 		known = append(known[:shown], "…")
 	}
-	return 0, 0, "", fmt.Errorf("%w: %q; its users are %q, and a number is good too", ErrNoUser, name, known)
+	return 0, 0, "", noUserError{fmt.Errorf("cannot find user %q: the image's /etc/passwd has only %s; name one of them, or a number", name, quotedList(known))}
 }
 
 // parseID reads a user's or group's number; the largest is no id.

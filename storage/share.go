@@ -69,7 +69,7 @@ func (v *Virtiofsd) checkShare(s Share) error {
 		return nil
 	}
 	if v.Legacy || !v.version.atLeast(translateSince) {
-		return fmt.Errorf("%w %s writable: virtiofsd %s (%s) would let the guest write as root of the host; install virtiofsd %s or newer, or declare `readonly: true`",
+		return fmt.Errorf("%w %s writable: virtiofsd %s (%s) would let the guest write as the host's root; install virtiofsd %s or newer, or declare `readonly: true`",
 			ErrShare, s.Source, v.Version, v.Path, translateSince)
 	}
 	if s.SquashUID <= 0 || s.SquashGID <= 0 {

@@ -40,7 +40,7 @@ var (
 	ErrDigest = errors.New("digest mismatch")
 	// ErrBadArchive means that an archive or directory can't become an
 	// image: malformed, hostile, or beyond the bounds.
-	ErrBadArchive = errors.New("cannot be an image")
+	ErrBadArchive = errors.New("it can't be an image")
 )
 
 // Names below a store's directory.

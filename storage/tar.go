@@ -140,7 +140,10 @@ func archiveError(ctx context.Context, err error) error {
 		return err
 	}
 	if errors.Is(err, io.ErrUnexpectedEOF) {
-		return fmt.Errorf("%w: the archive was cut off: %w", ErrBadArchive, err)
+		return fmt.Errorf("%w: the archive was cut off, or is no tar", ErrBadArchive)
+	}
+	if errors.Is(err, tar.ErrHeader) {
+		return fmt.Errorf("%w: the archive is no tar, or was damaged", ErrBadArchive)
 	}
 	return fmt.Errorf("%w: %w", ErrBadArchive, err)
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 
@@ -131,9 +132,15 @@ func commandName(c *cli.Context) string {
 	return "clawvm"
 }
 
+// badValue is what package flag says of a value that is of the wrong type.
+var badValue = regexp.MustCompile(`^invalid (?:boolean )?value "(.*)" for (?:flag )?-+([^:]+): `)
+
 // onUsageError says which flag is wrong in words of ours: those of package flag
 // are about flags in a program.
 func onUsageError(c *cli.Context, err error, _ bool) error {
+	if m := badValue.FindStringSubmatch(err.Error()); m != nil {
+		return usageError{fmt.Errorf("cannot read %q as the value of the flag --%s; `%s --help` says what it takes", m[1], m[2], commandName(c))}
+	}
 	if flag, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
 		dashes := "--"
 		if len(strings.TrimLeft(flag, "-")) == 1 {
@@ -187,7 +194,7 @@ func privileged(c *cli.Context) (host.Layout, error) {
 // oneName returns the one VM that the command line names.
 func oneName(c *cli.Context) (string, error) {
 	if c.NArg() != 1 {
-		return "", usageError{fmt.Errorf("clawvm %s wants the name of one VM", c.Command.FullName())}
+		return "", usageError{fmt.Errorf("%s wants the name of one VM", commandName(c))}
 	}
 	return validName(c.Args().First())
 }
@@ -195,7 +202,7 @@ func oneName(c *cli.Context) (string, error) {
 // someNames returns the VMs that the command line names, at least one.
 func someNames(c *cli.Context) ([]string, error) {
 	if !c.Args().Present() {
-		return nil, usageError{fmt.Errorf("clawvm %s wants the name of a VM", c.Command.FullName())}
+		return nil, usageError{fmt.Errorf("%s wants the name of a VM", commandName(c))}
 	}
 	for _, n := range c.Args().Slice() {
 		if _, err := validName(n); err != nil {

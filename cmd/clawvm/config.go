@@ -76,6 +76,10 @@ func loadDeclaration(l host.Layout, arg string) (*config.VM, error) {
 		}
 	}
 	vm, err := config.Load(file, h)
+	var problems config.Problems
+	if errors.As(err, &problems) && len(problems) > 1 {
+		err = fmt.Errorf("there are %d problems\n%w", len(problems), problems)
+	}
 	if err != nil {
 		return nil, &host.CodedError{Code: host.ExitDeclaration, Err: err}
 	}

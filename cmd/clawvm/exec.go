@@ -84,7 +84,7 @@ func execIn(c *cli.Context, name string, req agent.ExecRequest, input bool) erro
 			if _, lerr := host.Look(ctx, l, name); lerr != nil {
 				return nil, lerr
 			}
-			return nil, fmt.Errorf("VM %s is not up: %s up %s", name, self(l), name)
+			return nil, &host.CodedError{Code: host.ExitExec, Err: fmt.Errorf("cannot run a command in VM %s: it is not up; `%s up %s` brings it up", name, self(l), name)}
 		}
 		return conn, nil
 	}
@@ -93,10 +93,13 @@ func execIn(c *cli.Context, name string, req agent.ExecRequest, input bool) erro
 	if err != nil {
 		var coded *host.CodedError
 		var missing *host.NotDeclaredError
-		if errors.As(err, &coded) || errors.As(err, &missing) {
-			return err
+		switch { // what dial says needs no more words
+		case errors.As(err, &coded):
+			return coded
+		case errors.As(err, &missing):
+			return missing
 		}
-		return &host.CodedError{Code: host.ExitExec, Err: fmt.Errorf("VM %s: %w", name, err)}
+		return &host.CodedError{Code: host.ExitExec, Err: fmt.Errorf("cannot run a command in VM %s: %w", name, err)}
 	}
 	if code != 0 {
 		return silent{code}

@@ -123,14 +123,14 @@ func importImage(c *cli.Context, store *storage.Store, source, name string, o st
 	}
 	st, err := os.Stat(source)
 	if err != nil {
-		return nil, fmt.Errorf("cannot import: %w", err)
+		return nil, fmt.Errorf("cannot import %s: %w", source, host.Bare(err))
 	}
 	if st.IsDir() {
 		return store.ImportDir(c.Context, source, name, o)
 	}
 	f, err := os.Open(source)
 	if err != nil {
-		return nil, fmt.Errorf("cannot import: %w", err)
+		return nil, fmt.Errorf("cannot import %s: %w", source, host.Bare(err))
 	}
 	defer f.Close()
 	return store.ImportTar(c.Context, f, name, o)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"os"
 
 	"github.com/urfave/cli/v2"
@@ -27,7 +28,12 @@ func runCommand() *cli.Command {
 			if err := host.EnterMountNamespace(); err != nil {
 				return err
 			}
-			return host.Supervise(c.Context, l, name, os.Stderr)
+			err = host.Supervise(c.Context, l, name, os.Stderr)
+			var logged *host.LoggedError
+			if errors.As(err, &logged) {
+				return silent{host.ExitCode(err)}
+			}
+			return err
 		},
 	}
 }

@@ -672,7 +672,7 @@ func TestGuestRefused(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, err := start(t, b, c.change)
-			if err == nil || !strings.Contains(err.Error(), c.want) || !strings.HasPrefix(err.Error(), "cannot start test with qemu: ") {
+			if err == nil || !strings.Contains(err.Error(), c.want) || !strings.HasPrefix(err.Error(), "cannot start qemu: ") {
 				t.Errorf("error %v, not one about %q", err, c.want)
 			}
 			t.Log(err)

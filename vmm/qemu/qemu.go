@@ -99,7 +99,7 @@ func (q *QEMU) Start(ctx context.Context, m *vmm.Machine) (vmm.Instance, error) 
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("cannot start %s with qemu: %w", m.Name, err)
+		return nil, fmt.Errorf("cannot start qemu: %w", err)
 	}
 	return i, nil
 }

@@ -300,7 +300,7 @@ func (l *life) blameShares(err error) error {
 // there until its workload is ready.
 const (
 	guestLimit         = 60 * time.Second
-	readyLimit         = 2 * time.Minute
+	readyLimit         = 5 * time.Minute // what starts slowly (the gateway takes 10 s) on a server with much to do
 	emulatedGuestLimit = 5 * time.Minute  // 3 s alone; many at once share the processors
 	emulatedReadyLimit = 20 * time.Minute // the gateway takes 5 min on an idle machine
 )

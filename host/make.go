@@ -142,10 +142,10 @@ func (l *life) stageSecrets(ctx context.Context) error {
 		return nil
 	}
 	dir := l.paths.Secrets()
-	if err := makeDir(dir, 0o711, 0, 0); err != nil {
+	if err := makeDir(dir, 0o755, 0, 0); err != nil {
 		return err
 	}
-	if err := storage.MountTmpfs(dir, secretsSize, 0o711); err != nil {
+	if err := storage.MountTmpfs(dir, secretsSize, 0o755); err != nil {
 		return err
 	}
 	l.undo.push("the secrets' tmpfs", func() error { return errors.Join(storage.Unmount(dir), os.Remove(dir)) })
@@ -233,9 +233,6 @@ func (l *life) openSockets(context.Context) error {
 	if err := l.sockets.openResolver(l.hostConfig.Address.Addr()); err != nil {
 		return err
 	}
-	if err := egress.EnableAccounting(); err != nil {
-		return err
-	}
 	if err := l.sockets.openFlows(l.index); err != nil {
 		return err
 	}
@@ -269,6 +266,10 @@ func (l *life) applyRules(ctx context.Context) error {
 	g := l.guestRules()
 	l.undo.push("the packet filter rules", func() error { return l.rules.Remove(l.name, l.address) })
 	if err := l.rules.Ensure(g); err != nil {
+		return err
+	}
+	// Only now: the rules are what makes the kernel load connection tracking.
+	if err := egress.EnableAccounting(); err != nil {
 		return err
 	}
 	watch, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -329,6 +330,12 @@ func (l *life) startGate(context.Context) error {
 		return err
 	}
 	l.undo.push("the gate", l.gate.stop)
+	// Before the gate goes: it logs the ends of the connections that are cut. And
+	// whoever gets the address next must not get their answers.
+	l.undo.push("the guest's connections", func() error {
+		_, err := egress.CutFlows(l.address)
+		return err
+	})
 	var errs []error
 	for _, f := range files {
 		errs = append(errs, closeFile(f.file))

@@ -18,11 +18,12 @@ import (
 
 	"github.com/clawvm/clawvm/guest"
 	"github.com/clawvm/clawvm/guest/agent"
+	"github.com/clawvm/clawvm/guest/kernel"
 	"github.com/u-root/u-root/pkg/cpio"
 )
 
-// Guest tests boot this init under QEMU's emulation. CLAWVM_TEST_KERNEL names a kernel image beside whose directory lies
-// ../lib/modules/RELEASE, as an unpacked kernel package has it.
+// Guest tests boot this init under QEMU's emulation, with the kernel that is below CLAWVM_TEST_CACHE
+// (/var/cache/clawvm-test), or is downloaded there.
 
 // testModules are what a guest under QEMU needs of a Debian cloud kernel, dependencies aside.
 var testModules = []string{"virtio_pci", "virtiofs", "overlay", "virtio_net", "virtio_blk", "virtio_console", "button", "evdev"}
@@ -37,11 +38,10 @@ type testGuest struct {
 	started time.Time
 }
 
-func needsGuest(t *testing.T) (kernel string) {
+func needsGuest(t *testing.T) *kernel.Kernel {
 	t.Helper()
-	kernel = os.Getenv("CLAWVM_TEST_KERNEL")
-	if kernel == "" {
-		t.Skip("CLAWVM_TEST_KERNEL isn't set: no kernel to boot")
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, for virtiofsd and disks")
 	}
 	for _, p := range []string{"qemu-system-x86_64", "busybox", "mkfs.ext4"} {
 		if _, err := exec.LookPath(p); err != nil {
@@ -51,7 +51,23 @@ func needsGuest(t *testing.T) (kernel string) {
 	if _, err := os.Stat(legacyVirtiofsd); err != nil {
 		t.Skipf("no virtiofsd: %v", err)
 	}
-	return kernel
+	cache := os.Getenv("CLAWVM_TEST_CACHE")
+	if cache == "" {
+		cache = "/var/cache/clawvm-test"
+	}
+	store := filepath.Join(cache, "store")
+	stored, err := kernel.List(store)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(stored) > 0 {
+		return &stored[0]
+	}
+	k, err := kernel.Pull(t.Context(), store, "", os.Stderr)
+	if err != nil {
+		t.Skip(err)
+	}
+	return k
 }
 
 const legacyVirtiofsd = "/usr/lib/qemu/virtiofsd"
@@ -244,9 +260,8 @@ func disk(t *testing.T, dir, name string) string {
 // bootGuest boots a guest with all layers and connects to its agent.
 func bootGuest(t *testing.T, d *guest.Document, dir string, disks ...string) *testGuest {
 	t.Helper()
-	kernel := needsGuest(t)
-	release := strings.TrimPrefix(filepath.Base(kernel), "vmlinuz-")
-	modules := filepath.Join(filepath.Dir(kernel), "../lib/modules", release)
+	k := needsGuest(t)
+	modules := k.Modules
 	initramfs := filepath.Join(dir, "initramfs")
 	writeInitramfs(t, initramfs, buildInit(t, dir), modules, d)
 	root := busyboxRoot(t, dir)
@@ -266,7 +281,7 @@ func bootGuest(t *testing.T, d *guest.Document, dir string, disks ...string) *te
 	args := []string{
 		"-M", "q35,sata=off,usb=off,smbus=off,hpet=off,vmport=off", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "256M", "-nodefaults", "-display", "none", "-no-reboot",
 		"-object", "memory-backend-memfd,id=mem,size=256M,share=on", "-numa", "node,memdev=mem",
-		"-kernel", kernel, "-initrd", initramfs, "-append", "console=ttyS0 quiet panic=-1 cryptomgr.notests mitigations=off no_timer_check tsc=reliable",
+		"-kernel", k.Image, "-initrd", initramfs, "-append", "console=ttyS0 quiet panic=-1 cryptomgr.notests mitigations=off no_timer_check tsc=reliable",
 		"-serial", "stdio",
 		"-chardev", "socket,id=fs0,path=" + store, "-device", "vhost-user-fs-pci,chardev=fs0,tag=store",
 		"-chardev", "socket,id=fs1,path=" + secrets, "-device", "vhost-user-fs-pci,chardev=fs1,tag=secrets",

@@ -42,6 +42,7 @@ install: build
 	install -D -m 0755 bin/clawvm-init $(DESTDIR)$(PREFIX)/lib/clawvm/clawvm-init
 	install -D -m 0644 examples/openclaw.yaml $(DESTDIR)$(PREFIX)/share/doc/clawvm/examples/openclaw.yaml
 	install -d -m 0755 $(DESTDIR)/etc/clawvm/vms
+	test -e $(DESTDIR)/etc/clawvm/vms/openclaw.yaml || install -m 0644 examples/openclaw.yaml $(DESTDIR)/etc/clawvm/vms/openclaw.yaml
 
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/clawvm $(DESTDIR)$(PREFIX)/lib/clawvm/clawvm-init

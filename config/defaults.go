@@ -42,7 +42,7 @@ const (
 	maxVCPUs          = 64
 	minDisk           = 16 << 20 // less than this leaves ext4 no room for its journal
 	maxDisk           = 64 << 40
-	sector            = 512 // what a disk's size is counted in
+	diskBlock         = 4096 // an ext4 has blocks of this size
 	mebibyte          = 1 << 20
 	maxNameLength     = 32
 	maxVolumeName     = 16 // an ext4 label has 16 bytes, a virtio serial 20
@@ -55,7 +55,7 @@ const (
 	maxTAP            = 15 // IFNAMSIZ less its zero
 	maxHostname       = 64 // HOST_NAME_MAX
 	maxLabel          = 63 // RFC 1123
-	maxNameservers    = 8
+	maxNameservers    = 4 // each query may wait for all of them, and a guest waits 5 s
 	minUIDBase        = 100_000 // below are the host's own users
 	maxTimeout        = time.Hour
 )

@@ -10,7 +10,7 @@ import (
 func (d *decoder) overlay(n *node, path string) Overlay {
 	var o Overlay
 	read := d.fields(n, path,
-		field{"size", func(n *node, p string) { o.Size = d.size(n, p, minDisk, maxDisk, sector, "no file system fits") }},
+		field{"size", func(n *node, p string) { o.Size = d.size(n, p, minDisk, maxDisk, diskBlock, "no file system fits") }},
 		field{"tmpfs", func(n *node, p string) { o.Tmpfs = d.size(n, p, mebibyte, maxMemory, 1, "nothing fits") }},
 	)
 	if read && (n.get("size") == nil) == (n.get("tmpfs") == nil) {
@@ -63,7 +63,7 @@ func (d *decoder) volume(n *node, path string) Volume {
 			v.Name = s
 		}},
 		field{"mount", func(n *node, p string) { v.Mount = d.mount(n, p) }},
-		field{"size", func(n *node, p string) { v.Size = d.size(n, p, minDisk, maxDisk, sector, "no file system fits") }},
+		field{"size", func(n *node, p string) { v.Size = d.size(n, p, minDisk, maxDisk, diskBlock, "no file system fits") }},
 	)
 	d.require(n, path, "name", "mount", "size")
 	return v

@@ -59,7 +59,7 @@ const (
 
 // What Egress.Mode may say.
 const (
-	EgressOpen = "open" // everything but private ranges, and logged
+	EgressOpen = "open" // everything but other VMs, the host and link-local addresses; logged
 	EgressNone = "none" // nothing leaves the VM
 )
 

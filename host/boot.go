@@ -159,7 +159,23 @@ const volumeMode = 0o750
 
 // gatewayWorkload fills in what the OpenClaw profile makes of the declaration.
 func gatewayWorkload(doc *guest.Document, vm *config.VM) error {
-	o := vm.OpenClaw
+	w, err := gatewayProfile(vm.OpenClaw).Render()
+	if err != nil {
+		return fmt.Errorf("openclaw: %w", err)
+	}
+	for _, f := range w.Files {
+		doc.Files = append(doc.Files, guest.File{Path: f.Path, Mode: f.Mode, UID: f.UID, GID: f.GID, Content: f.Content})
+	}
+	doc.Workload = &guest.Workload{
+		Argv: w.Argv, Env: w.Env, User: w.User, Cwd: w.Cwd, Restart: vm.Restart, NoRestart: w.NoRestart,
+		Ready: guest.Ready{HTTP: &guest.HTTPReady{Port: w.Ready.Port, Path: w.Ready.Path, Status: w.Ready.Status}},
+		Stop:  guest.Stop{Timeout: int(gatewayStop / time.Second)},
+	}
+	return nil
+}
+
+// gatewayProfile is the declaration's profile in the words of package openclaw.
+func gatewayProfile(o *config.OpenClaw) openclaw.Profile {
 	p := openclaw.Profile{
 		Model: o.Model, Port: o.Port, Config: o.Config,
 		Auth: openclaw.Auth{Mode: o.Auth.Mode, TokenFile: o.Auth.TokenFile},
@@ -173,19 +189,7 @@ func gatewayWorkload(doc *guest.Document, vm *config.VM) error {
 		}
 		p.Providers[name] = openclaw.Provider{KeyFile: provider.KeyFile}
 	}
-	w, err := p.Render()
-	if err != nil {
-		return fmt.Errorf("openclaw: %w", err)
-	}
-	for _, f := range w.Files {
-		doc.Files = append(doc.Files, guest.File{Path: f.Path, Mode: f.Mode, UID: f.UID, GID: f.GID, Content: f.Content})
-	}
-	doc.Workload = &guest.Workload{
-		Argv: w.Argv, Env: w.Env, User: w.User, Cwd: w.Cwd, Restart: vm.Restart, NoRestart: w.NoRestart,
-		Ready: guest.Ready{HTTP: &guest.HTTPReady{Port: w.Ready.Port, Path: w.Ready.Path, Status: w.Ready.Status}},
-		Stop:  guest.Stop{Timeout: int(gatewayStop / time.Second)},
-	}
-	return nil
+	return p
 }
 
 // gatewayStop is how long the gateway may take to end: a second as a rule, and
@@ -250,7 +254,8 @@ func (l *life) startVMM(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	defer log.Close()
+	// Written until the VMM has ended, whose undo comes before this one.
+	l.undo.push("the VMM's log", log.Close)
 	l.machine.Log = log
 	if !l.emulated && l.hostFacts.KVMGroup >= 0 {
 		l.machine.Groups = []int{l.hostFacts.KVMGroup}
@@ -300,7 +305,7 @@ func (l *life) blameShares(err error) error {
 // there until its workload is ready.
 const (
 	guestLimit         = 60 * time.Second
-	readyLimit         = 5 * time.Minute // what starts slowly (the gateway takes 10 s) on a server with much to do
+	readyLimit         = 5 * time.Minute  // what starts slowly (the gateway takes 10 s) on a server with much to do
 	emulatedGuestLimit = 5 * time.Minute  // 3 s alone; many at once share the processors
 	emulatedReadyLimit = 20 * time.Minute // the gateway takes 5 min on an idle machine
 )

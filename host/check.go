@@ -18,6 +18,7 @@ import (
 
 	"github.com/clawvm/clawvm/config"
 	"github.com/clawvm/clawvm/guest/kernel"
+	"github.com/clawvm/clawvm/guest/openclaw"
 	"github.com/clawvm/clawvm/secrets"
 	"github.com/clawvm/clawvm/storage"
 	"github.com/clawvm/clawvm/vmm"
@@ -69,6 +70,11 @@ func (l *life) loadDeclaration(context.Context) error {
 	}
 	if have := int64(info.Totalram) * int64(info.Unit); int64(l.vm.Memory) > have {
 		return coded(ExitDeclaration, l.vm.Problem("memory", fmt.Sprintf("%s is more than the %s that this host has", l.vm.Memory, config.Size(have>>20<<20)), "less than that"))
+	}
+	if l.vm.OpenClaw != nil {
+		for _, weak := range openclaw.Lint(gatewayProfile(l.vm.OpenClaw)) {
+			l.note("declaration", "%s", weak)
+		}
 	}
 	l.update(func(st *Status) {
 		st.VCPUs, st.Memory = l.vm.VCPUs, int64(l.vm.Memory)
@@ -156,21 +162,17 @@ func (l *life) lookUp(name string) (user, error) {
 	if name == "" {
 		name = "root"
 	}
-	uidText, gidText, pair := strings.Cut(name, ":")
-	if uid, err := strconv.Atoi(uidText); err == nil {
-		gid := uid
-		if pair {
-			if gid, err = strconv.Atoi(gidText); err != nil {
-				return user{}, fmt.Errorf("user %q: the group after the colon is a number", name)
-			}
-		}
-		return user{name, uid, gid}, nil
-	}
-	uid, gid, _, err := l.image.LookupUser(uidText)
+	who, group, pair := strings.Cut(name, ":")
+	uid, gid, _, err := l.image.LookupUser(who)
 	if err != nil {
 		return user{}, err
 	}
-	return user{uidText, uid, gid}, nil
+	if pair {
+		if gid, err = strconv.Atoi(group); err != nil {
+			return user{}, fmt.Errorf("cannot look up the user %q: the group after the colon is not a number", name)
+		}
+	}
+	return user{who, uid, gid}, nil
 }
 
 // chooseVMM decides what runs the guest, and finds the virtiofsd that serves it.

@@ -86,7 +86,12 @@ func (l *life) heed(m gate.Message) {
 	switch m.Kind {
 	case gate.WorkloadEnded:
 		l.logf("the workload ended: %s", m.Detail)
-		l.update(func(st *Status) { st.Workload = m.Detail; st.Restarts++ })
+		l.update(func(st *Status) {
+			st.Workload = m.Detail
+			if m.Again {
+				st.Restarts++
+			}
+		})
 	case gate.Ending:
 		l.announced = &m
 		l.logf("the guest ends: %s %s", m.Kind, m.Detail)
@@ -115,6 +120,20 @@ func (l *life) howItEnded() (ending, error) {
 		return endedByGuest, nil
 	}
 	return 0, fmt.Errorf("VM %s: %s; clawvm logs --console %s shows the end of its console", l.name, exit, l.name)
+}
+
+// endedEarly explains the end of a VMM before its guest was ready.
+func (l *life) endedEarly() error {
+	l.drain()
+	if l.announced != nil {
+		switch l.announced.Detail {
+		case gate.EndWorkload:
+			return coded(max(l.announced.Code, ExitFailed), fmt.Errorf("the workload ended with exit code %d before it was ready", l.announced.Code))
+		case gate.EndFailed:
+			return errors.New("the guest could not be set up; the end of its console says why")
+		}
+	}
+	return fmt.Errorf("the VM ended before it was ready: %s", l.instance.Wait())
 }
 
 // drain reads what the gate said before the VMM's end was seen.
@@ -202,14 +221,10 @@ func (l *life) awaitMessage(ctx context.Context, want gate.Kind, limit time.Dura
 		case <-timer:
 			return coded(ExitTimeout, fmt.Errorf("not within %s", limit))
 		case <-gone:
-			l.drain()
-			if l.announced != nil && l.announced.Detail == gate.EndWorkload {
-				return coded(l.announced.Code, fmt.Errorf("the workload ended with exit code %d before it was ready", l.announced.Code))
-			}
-			return fmt.Errorf("the VM ended: %s", l.instance.Wait())
+			return l.endedEarly()
 		case err := <-lost:
 			if l.endsSoon(gone) {
-				return fmt.Errorf("the VM ended: %s", l.instance.Wait())
+				return l.endedEarly()
 			}
 			return errors.Join(errors.New("the server of a share ended"), err)
 		case <-l.gate.ended:

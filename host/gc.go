@@ -8,8 +8,10 @@ import (
 	"os"
 	"path/filepath"
 	"sort"
+	"time"
 
 	"github.com/clawvm/clawvm/config"
+	"github.com/clawvm/clawvm/guest/kernel"
 	"github.com/clawvm/clawvm/network"
 )
 
@@ -18,6 +20,10 @@ type leftover struct {
 	what   string
 	remove func() error
 }
+
+// bootUnused is how long nothing was started from a prepared kernel when it is
+// removed from the cache; making it anew takes half a second.
+const bootUnused = 7 * 24 * time.Hour
 
 // Collect removes what VMs that were killed left behind: processes, network
 // ports, packet filter rules, run directories; with all, also the bridge and the
@@ -115,6 +121,11 @@ func Collect(ctx context.Context, l Layout, all bool) (removed []string, err err
 			removed = append(removed, o.what)
 		}
 	}
+	pruned, err := kernel.Prune(ctx, l.BootCache(), bootUnused)
+	if err != nil {
+		errs = append(errs, err)
+	}
+	removed = append(removed, pruned...)
 	if all && running == 0 && len(errs) == 0 {
 		if err := network.RemoveBridge(bridge); err != nil {
 			errs = append(errs, err)
@@ -150,6 +161,9 @@ func Remove(ctx context.Context, l Layout, name string, volumes bool) (kept []st
 		return nil, coded(ExitUsage, err)
 	}
 	paths := l.VM(name)
+	if err := l.knows(name); err != nil {
+		return nil, err
+	}
 	lock, err := takeLock(paths.Lock())
 	if errors.Is(err, errLocked) {
 		return nil, fmt.Errorf("cannot remove VM %s: it runs; clawvm down %s first", name, name)
@@ -213,6 +227,22 @@ func Remove(ctx context.Context, l Layout, name string, volumes bool) (kept []st
 	// The lease last but for what holds the lock: until here a second rm finds
 	// what the first one left.
 	return kept, errors.Join(leases.Release(name), os.RemoveAll(paths.Log), os.RemoveAll(paths.Run))
+}
+
+// knows says, by its error, whether there is anything of a VM of that name.
+func (l Layout) knows(name string) error {
+	_, err := l.Declaration(name)
+	var missing *NotDeclaredError
+	if !errors.As(err, &missing) {
+		return err
+	}
+	p := l.VM(name)
+	for _, dir := range []string{p.State, p.Log, p.Run} {
+		if _, serr := os.Lstat(dir); serr == nil {
+			return nil
+		}
+	}
+	return err
 }
 
 // removeDeclarationLink removes the link that `up FILE` made. A declaration that

@@ -90,6 +90,9 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 	if err := os.MkdirAll(paths.Log, 0o755); err != nil {
 		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
 	}
+	if err := putAside(paths.SupervisorLog()); err != nil {
+		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
 	log, err := os.OpenFile(paths.SupervisorLog(), os.O_RDWR|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o640)
 	if err != nil {
 		return false, fmt.Errorf("cannot start VM %s: %w", name, err)

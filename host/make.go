@@ -269,8 +269,12 @@ func (l *life) applyRules(ctx context.Context) error {
 		return err
 	}
 	// Only now: the rules are what makes the kernel load connection tracking.
-	if err := egress.EnableAccounting(); err != nil {
+	changed, err := egress.EnableAccounting()
+	if err != nil {
 		return err
+	}
+	if changed {
+		l.note("rules", "net.netfilter.nf_conntrack_acct and nf_conntrack_timestamp were 0, are 1")
 	}
 	watch, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	watching := make(chan error, 1)

@@ -197,13 +197,20 @@ func (s *Supervisor) logFile(path string) (*os.File, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
 	}
-	if st, err := os.Lstat(path); err == nil && st.Size() > hostLogMax {
-		if err := os.Rename(path, path+".1"); err != nil {
-			return nil, err
-		}
+	if err := putAside(path); err != nil {
+		return nil, err
 	}
 	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
 }
 
-// hostLogMax bounds the logs of VMM and virtiofsd, which say little.
+// putAside renames a log that has grown beyond hostLogMax; one generation is kept.
+func putAside(path string) error {
+	if st, err := os.Lstat(path); err != nil || st.Size() <= hostLogMax {
+		return nil // what is wrong with it is opening's to say
+	}
+	return os.Rename(path, path+".1")
+}
+
+// hostLogMax bounds the logs of supervisor, VMM and virtiofsd between two starts:
+// they say little.
 const hostLogMax = 4 << 20

@@ -46,10 +46,14 @@ func (m *Machine) Start(cmd *exec.Cmd) error {
 // tailSize is how much of a VMM's last words is kept: enough for a chain of errors, little for a terminal.
 const tailSize = 4096
 
-// Tail passes on what is written to it and keeps the end. A guest can make a VMM complain without end, so no
-// more than the end is ever kept, and a log that can't be written stops nothing.
+// logLimit is how much of what one VMM says is passed on to its log.
+const logLimit = 4 << 20
+
+// Tail passes on what is written to it, up to logLimit, and keeps the end. A guest can make a VMM complain without
+// end, so no more than the end is ever kept, and a log that can't be written stops nothing.
 type Tail struct {
-	to interface{ Write([]byte) (int, error) }
+	to   interface{ Write([]byte) (int, error) }
+	left int // bytes that may still be passed on
 
 	mu  sync.Mutex
 	end []byte
@@ -57,14 +61,14 @@ type Tail struct {
 
 // NewTail makes a Tail that passes on to m.Log, where there is one.
 func NewTail(m *Machine) *Tail {
-	t := &Tail{}
+	t := &Tail{left: logLimit}
 	if m.Log != nil {
 		t.to = m.Log
 	}
 	return t
 }
 
-// Write never fails: a VMM whose standard error breaks would end by SIGPIPE.
+// Write never fails, and is called by one goroutine: a VMM whose standard error breaks would end by SIGPIPE.
 func (t *Tail) Write(p []byte) (int, error) {
 	t.mu.Lock()
 	t.end = append(t.end, p...)
@@ -73,7 +77,8 @@ func (t *Tail) Write(p []byte) (int, error) {
 	}
 	t.mu.Unlock()
 	if t.to != nil {
-		if _, err := t.to.Write(p); err != nil {
+		n, err := t.to.Write(p[:min(len(p), t.left)])
+		if t.left -= n; err != nil || t.left == 0 {
 			t.to = nil
 		}
 	}

@@ -15,7 +15,7 @@ import (
 func statusCommand() *cli.Command {
 	return &cli.Command{
 		Name: "status", Usage: "say what a VM is doing, and why", ArgsUsage: "NAME",
-		Description: "Exit codes: 0 ready, 3 not up, 4 no such VM.",
+		Description: "Exit codes: 0 ready, 3 not ready or down, 4 no such VM.",
 		Flags:       []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
 			l, err := privileged(c)

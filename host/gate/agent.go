@@ -142,7 +142,7 @@ func translate(e agent.Event) (Message, bool) {
 		if !e.Final {
 			how += fmt.Sprintf("; started again in %.0f s", e.Next)
 		}
-		return Message{Kind: WorkloadEnded, Code: e.Code, Detail: how}, true
+		return Message{Kind: WorkloadEnded, Code: e.Code, Again: !e.Final, Detail: how}, true
 	case agent.Ending:
 		return Message{Kind: Ending, Code: e.Code, Detail: endings[e.Reason]}, true
 	}

@@ -8,10 +8,11 @@ import (
 )
 
 // confine gives up what the gate does not need: it can gain no privileges by
-// exec, leaves no core, and can open files only below the log directory. Which
-// of Landlock's rules apply depends on the kernel (none before 5.13); the uid
-// without capabilities is what holds everywhere.
-func confine(logs string) error {
+// exec, leaves no core, can open files only below the log directory, and can
+// connect by TCP only to name servers and to the published ports' targets. Which
+// of Landlock's rules apply depends on the kernel (files from 5.13, TCP from
+// 6.7); the uid without capabilities is what holds everywhere.
+func confine(c Config) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("cannot forbid new privileges: %w", err)
 	}
@@ -19,8 +20,15 @@ func confine(logs string) error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("cannot forbid core dumps: %w", err)
 	}
-	if err := landlock.V5.BestEffort().RestrictPaths(landlock.RWDirs(logs)); err != nil {
-		return fmt.Errorf("cannot confine the gate to its log directory: %w", err)
+	rules := []landlock.Rule{landlock.RWDirs(c.Logs)}
+	for _, u := range c.Upstreams {
+		rules = append(rules, landlock.ConnectTCP(u.Port()))
+	}
+	for _, p := range c.Ports {
+		rules = append(rules, landlock.ConnectTCP(p.Guest))
+	}
+	if err := landlock.V5.BestEffort().Restrict(rules...); err != nil {
+		return fmt.Errorf("cannot confine the gate: %w", err)
 	}
 	return nil
 }

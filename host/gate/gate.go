@@ -101,7 +101,7 @@ func run() error {
 	if err := json.Unmarshal(raw, &c); err != nil {
 		return fmt.Errorf("cannot read the configuration: %w", err)
 	}
-	if err := confine(c.Logs); err != nil {
+	if err := confine(c); err != nil {
 		return err
 	}
 	g := &gate{Config: c, files: make(map[string]*os.File)}

@@ -19,6 +19,8 @@ type Message struct {
 	Kind Kind `json:"kind"`
 	// Code is the workload's exit code, of WorkloadEnded and Ending.
 	Code int `json:"code,omitempty"`
+	// Again says of WorkloadEnded that the workload is started once more.
+	Again bool `json:"again,omitempty"`
 	// Detail is text for the owner; from the gate it is bounded and printable.
 	Detail string `json:"detail,omitempty"`
 	// Grace is how long, in milliseconds, Shutdown may take.

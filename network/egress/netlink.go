@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/mdlayher/netlink"
 	vnetlink "github.com/vishvananda/netlink"
@@ -73,14 +74,19 @@ func OpenConntrack(a netip.Addr) (*os.File, error) {
 }
 
 // EnableAccounting makes the kernel count connections' bytes and note when they began. It holds for the network namespace,
-// and for connections begun afterwards.
-func EnableAccounting() error {
+// and for connections begun afterwards. changed says that it did not before.
+func EnableAccounting() (changed bool, err error) {
 	for _, path := range []string{accountingSysctl, timestampSysctl} {
-		if err := os.WriteFile(path, []byte("1"), 0); err != nil {
-			return fmt.Errorf("cannot switch on the accounting of connections (is the module nf_conntrack loaded?): %w", err)
+		was, err := os.ReadFile(path)
+		if err == nil && strings.TrimSpace(string(was)) != "1" {
+			changed = true
+			err = os.WriteFile(path, []byte("1"), 0)
+		}
+		if err != nil {
+			return changed, fmt.Errorf("cannot switch on the accounting of connections (is the module nf_conntrack loaded?): %w", err)
 		}
 	}
-	return nil
+	return changed, nil
 }
 
 // CutFlows makes the kernel forget the connections that an IPv4 address began and returns how many there were. A process that

@@ -71,7 +71,7 @@ table ip egress_test {
 			t.Error(err)
 		}
 	})
-	if err := EnableAccounting(); err != nil {
+	if _, err := EnableAccounting(); err != nil {
 		t.Fatal(err)
 	}
 	return w

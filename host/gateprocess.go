@@ -60,6 +60,7 @@ func (l *life) startGateProcess(c gate.Config, files []namedFile) (*gateProcess,
 	// the program's file. The working directory stays: see Layout.relative.
 	cmd := exec.Command("/proc/self/exe", GateArgument)
 	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(childEnvironment(), noHugePages)
 	cmd.ExtraFiles = []*os.File{end, config}
 	for _, f := range files {
 		cmd.ExtraFiles = append(cmd.ExtraFiles, f.file)

@@ -115,7 +115,7 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 	if err != nil {
 		return false, err
 	}
-	cmd.Env = append(os.Environ(), privateMounts+"="+here)
+	cmd.Env = append(os.Environ(), privateMounts+"="+here, noHugePages)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Cloneflags: syscall.CLONE_NEWNS}
 	if err := cmd.Start(); err != nil {
 		return false, fmt.Errorf("cannot start VM %s: %w", name, err)

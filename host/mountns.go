@@ -42,10 +42,11 @@ func EnterMountNamespace() error {
 	if err != nil {
 		return fmt.Errorf("cannot find the program's own file: %w", err)
 	}
+	// Not by appending: of two values the first would count.
 	if err := os.Setenv(privateMounts, here); err != nil {
 		return err
 	}
-	err = unix.Exec(self, os.Args, os.Environ())
+	err = unix.Exec(self, os.Args, append(os.Environ(), noHugePages))
 	return fmt.Errorf("cannot start %s in its own mount namespace: %w", self, err)
 }
 

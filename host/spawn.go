@@ -44,6 +44,15 @@ func newSpawner(mark string) *spawner {
 	return s
 }
 
+// childEnvironment is no more of the caller's environment than children need.
+func childEnvironment() []string { return []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"} }
+
+// noHugePages keeps the kernel from backing a heap of two MiB with four MiB of
+// huge pages, where it does that for all programs, as Debian 13's does (see
+// disablethp in Go's package runtime). It is for supervisor and gate, of which
+// there is one for every VM, and not for the VMM, whose guest gains by them.
+const noHugePages = "GODEBUG=disablethp=1"
+
 // spawn starts cmd with the VM's mark and a parent-death signal.
 func (s *spawner) spawn(cmd *exec.Cmd) error {
 	if cmd.SysProcAttr == nil {
@@ -54,8 +63,7 @@ func (s *spawner) spawn(cmd *exec.Cmd) error {
 	// takes the VM down in order. (A session's leader has a group of its own.)
 	cmd.SysProcAttr.Setpgid = !cmd.SysProcAttr.Setsid
 	if cmd.Env == nil {
-		// Children get no more of the caller's environment than they need.
-		cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LANG=C.UTF-8"}
+		cmd.Env = childEnvironment()
 	}
 	cmd.Env = append(cmd.Env, markVariable+"="+s.mark)
 	r := spawnRequest{cmd, make(chan error, 1)}

@@ -52,10 +52,10 @@ const (
 	maxSecretName     = 64
 	minGenerate       = 16 // bytes: 128 bits
 	maxGenerate       = 1024
-	maxTAP            = 15 // IFNAMSIZ less its zero
-	maxHostname       = 64 // HOST_NAME_MAX
-	maxLabel          = 63 // RFC 1123
-	maxNameservers    = 4 // each query may wait for all of them, and a guest waits 5 s
+	maxTAP            = 15      // IFNAMSIZ less its zero
+	maxHostname       = 64      // HOST_NAME_MAX
+	maxLabel          = 63      // RFC 1123
+	maxNameservers    = 4       // each query may wait for all of them, and a guest waits 5 s
 	minUIDBase        = 100_000 // below are the host's own users
 	maxTimeout        = time.Hour
 )

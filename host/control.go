@@ -34,9 +34,8 @@ type Status struct {
 	Reboots  int       `json:"reboots,omitempty"`  // by the guest, since the supervisor started
 	Restarts int       `json:"restarts,omitempty"` // of the workload, by the guest's init
 	// Workload is how the workload ended last.
-	Workload  string         `json:"workload,omitempty"`
-	PID       int            `json:"pid"` // the supervisor's
-	Processes map[string]int `json:"processes,omitempty"`
+	Workload string `json:"workload,omitempty"`
+	PID      int    `json:"pid"` // the supervisor's
 }
 
 // State is where a VM is in its life.

@@ -393,13 +393,12 @@ func (w *world) declare(t *testing.T, name, text string) {
 
 // status is the JSON of `clawvm status`.
 type status struct {
-	State     string         `json:"state"`
-	Health    string         `json:"health"`
-	Address   string         `json:"address"`
-	VMM       string         `json:"vmm"`
-	PID       int            `json:"pid"`
-	Reboots   int            `json:"reboots"`
-	Processes map[string]int `json:"processes"`
+	State   string `json:"state"`
+	Health  string `json:"health"`
+	Address string `json:"address"`
+	VMM     string `json:"vmm"`
+	PID     int    `json:"pid"`
+	Reboots int    `json:"reboots"`
 }
 
 func (w *world) status(t *testing.T, name string) status {

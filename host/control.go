@@ -35,7 +35,9 @@ type Status struct {
 	Restarts int       `json:"restarts,omitempty"` // of the workload, by the guest's init
 	// Workload is how the workload ended last.
 	Workload string `json:"workload,omitempty"`
-	PID      int    `json:"pid"` // the supervisor's
+	// Lost is why the guest's agent can't be reached any more; the guest may live on.
+	Lost string `json:"lost,omitempty"`
+	PID  int    `json:"pid"` // the supervisor's
 }
 
 // State is where a VM is in its life.

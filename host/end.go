@@ -97,6 +97,7 @@ func (l *life) heed(m gate.Message) {
 		l.logf("the guest ends: %s %s", m.Kind, m.Detail)
 	case gate.Lost:
 		l.logf("the guest's agent does not answer any more: %s", m.Detail)
+		l.update(func(st *Status) { st.Lost = m.Detail })
 	case gate.Progress:
 		l.logf("guest: %s", m.Detail)
 	case gate.Connected, gate.Ready:

@@ -16,8 +16,9 @@ import (
 // Entry is a line of `clawvm ls`.
 type Entry struct {
 	Status
-	// Health is "ready" once the workload answered, "starting" before that, and
-	// empty for a VM that is down.
+	// Health is "ready" once the workload answered, "starting" before that,
+	// "unreachable" when the guest's agent is not heard of any more, and empty for
+	// a VM that is down.
 	Health string `json:"health,omitempty"`
 	// End is how the VM ended last; of one that is down.
 	End *End `json:"end,omitempty"`
@@ -90,10 +91,12 @@ func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, h
 	st, err := l.Dial(name).Status(ctx)
 	if err == nil {
 		e := Entry{Status: st}
-		switch st.State {
-		case Running:
+		switch {
+		case st.State == Running && st.Lost != "":
+			e.Health = "unreachable"
+		case st.State == Running:
 			e.Health = "ready"
-		case Starting:
+		case st.State == Starting:
 			e.Health = "starting"
 		}
 		return e

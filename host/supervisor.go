@@ -135,7 +135,7 @@ func (s *Supervisor) lives(ctx context.Context) error {
 		s.logf("the guest reboots")
 		s.journal.restart()
 		s.update(func(st *Status) {
-			st.State, st.Step, st.Ready = Starting, "", time.Time{}
+			st.State, st.Step, st.Ready, st.Lost = Starting, "", time.Time{}, ""
 			st.Reboots++
 		})
 	}

@@ -80,6 +80,7 @@ func printStatus(l host.Layout, e host.Entry) error {
 	row("reboots", number(e.Reboots))
 	row("restarts", number(e.Restarts))
 	row("workload", e.Workload)
+	row("agent", e.Lost)
 	row("supervisor", number(e.PID))
 	row("logs", l.VM(e.Name).Log)
 	if err := w.Flush(); err != nil {

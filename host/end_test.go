@@ -1,0 +1,29 @@
+package host
+
+import (
+	"io"
+	"log"
+	"testing"
+
+	"github.com/clawvm/clawvm/host/gate"
+)
+
+func TestWhatTheGateTellsIsInTheStatus(t *testing.T) {
+	s := &Supervisor{name: "x", journal: newJournal(), log: log.New(io.Discard, "", 0)}
+	l := &life{Supervisor: s}
+	l.heed(gate.Message{Kind: gate.WorkloadEnded, Code: 3, Again: true, Detail: "exit code 3; started again in 1 s"})
+	l.heed(gate.Message{Kind: gate.WorkloadEnded, Code: 3, Detail: "exit code 3"})
+	l.heed(gate.Message{Kind: gate.Lost, Detail: "its connection ended"})
+	l.heed(gate.Message{Kind: "nonsense", Detail: "ignored"})
+	st := s.Status()
+	if st.Restarts != 1 {
+		t.Errorf("%d restarts, want 1: the last end was for good", st.Restarts)
+	}
+	if st.Workload != "exit code 3" || st.Lost != "its connection ended" {
+		t.Errorf("status is %+v", st)
+	}
+	l.heed(gate.Message{Kind: gate.Ending, Code: 3, Detail: gate.EndWorkload})
+	if l.announced == nil || l.announced.Code != 3 {
+		t.Errorf("announced: %+v", l.announced)
+	}
+}

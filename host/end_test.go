@@ -3,9 +3,11 @@ package host
 import (
 	"io"
 	"log"
+	"os"
 	"testing"
 
 	"github.com/clawvm/clawvm/host/gate"
+	"github.com/clawvm/clawvm/secrets"
 )
 
 func TestWhatTheGateTellsIsInTheStatus(t *testing.T) {
@@ -25,5 +27,19 @@ func TestWhatTheGateTellsIsInTheStatus(t *testing.T) {
 	l.heed(gate.Message{Kind: gate.Ending, Code: 3, Detail: gate.EndWorkload})
 	if l.announced == nil || l.announced.Code != 3 {
 		t.Errorf("announced: %+v", l.announced)
+	}
+}
+
+// A rotation that comes before the tmpfs is mounted, or after it is gone, must
+// write nothing: what is below the mount point is a disk.
+func TestSecretsAreStagedOnlyWhereTheirTmpfsIs(t *testing.T) {
+	dir := t.TempDir()
+	s := &Supervisor{name: "x", paths: Paths{Run: dir, State: dir}, journal: newJournal(), log: log.New(io.Discard, "", 0)}
+	l := &life{Supervisor: s, secrets: []secrets.Secret{{Name: "made", Generate: 32, Mode: 0o400}}}
+	if err := l.restage(); err == nil {
+		t.Error("staged without a tmpfs")
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 0 {
+		t.Errorf("written: %v, %v", entries, err)
 	}
 }

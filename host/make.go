@@ -148,8 +148,17 @@ func (l *life) stageSecrets(ctx context.Context) error {
 	if err := storage.MountTmpfs(dir, secretsSize, 0o755); err != nil {
 		return err
 	}
-	l.undo.push("the secrets' tmpfs", func() error { return errors.Join(storage.Unmount(dir), os.Remove(dir)) })
-	if err := l.stage().Write(l.secrets); err != nil {
+	l.undo.push("the secrets' tmpfs", func() error {
+		l.staging.Lock()
+		defer l.staging.Unlock()
+		l.staged = false
+		return errors.Join(storage.Unmount(dir), os.Remove(dir))
+	})
+	l.staging.Lock()
+	err := l.stage().Write(l.secrets)
+	l.staged = err == nil
+	l.staging.Unlock()
+	if err != nil {
 		return coded(ExitDeclaration, err)
 	}
 	watch, cancel := context.WithCancel(context.WithoutCancel(ctx))
@@ -178,10 +187,11 @@ func (l *life) stage() secrets.Stage {
 // restage replaces the staged secrets by what their sources hold now; all or, if
 // one is unusable, none.
 func (l *life) restage() error {
-	l.restaging.Lock()
-	defer l.restaging.Unlock()
-	if len(l.secrets) == 0 {
-		return nil
+	l.staging.Lock()
+	defer l.staging.Unlock()
+	if !l.staged {
+		// Without the tmpfs they would land on a disk; a start reads them anyway.
+		return fmt.Errorf("VM %s has no staged secrets now: it declares none, or is starting or ending", l.name)
 	}
 	if err := secrets.Check(l.paths.KeptSecrets(), l.secrets); err != nil {
 		return err

@@ -51,7 +51,8 @@ type life struct {
 	instance   vmm.Instance
 	announced  *gate.Message // how the guest said that it ends
 
-	restaging sync.Mutex
+	staging sync.Mutex // held while the staged secrets are written or taken away
+	staged  bool       // they may be written: their tmpfs is there
 }
 
 // step is one thing that up does. It pushes what takes it down again on the undo

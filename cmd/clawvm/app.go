@@ -191,6 +191,16 @@ func privileged(c *cli.Context) (host.Layout, error) {
 	return layout(c)
 }
 
+// oneVM is the privileged layout and the one VM that the command line names.
+func oneVM(c *cli.Context) (host.Layout, string, error) {
+	l, err := privileged(c)
+	if err != nil {
+		return host.Layout{}, "", err
+	}
+	name, err := oneName(c)
+	return l, name, err
+}
+
 // oneName returns the one VM that the command line names.
 func oneName(c *cli.Context) (string, error) {
 	if c.NArg() != 1 {

@@ -24,11 +24,7 @@ func logsCommand() *cli.Command {
 			&cli.IntFlag{Name: "tail", Aliases: []string{"n"}, Value: -1, Usage: "only the last `N` lines"},
 		},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			name, err := oneName(c)
+			l, name, err := oneVM(c)
 			if err != nil {
 				return err
 			}

@@ -18,11 +18,7 @@ func netCommand() *cli.Command {
 			&cli.BoolFlag{Name: "json", Usage: "print JSON lines, as they are kept"},
 		},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			name, err := oneName(c)
+			l, name, err := oneVM(c)
 			if err != nil {
 				return err
 			}

@@ -17,11 +17,7 @@ func runCommand() *cli.Command {
 		Description: "Ends with the VM. SIGTERM takes it down in order. Exit codes: 0 asked to end or powered off,\n" +
 			"78 the declaration is wrong, 124 not ready in time, else the workload's own or 1.",
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			name, err := oneName(c)
+			l, name, err := oneVM(c)
 			if err != nil {
 				return err
 			}

@@ -101,11 +101,7 @@ func secretLsCommand() *cli.Command {
 		Name: "ls", Usage: "list a VM's secrets and where they come from, never what they are", ArgsUsage: "VM",
 		Flags: []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			name, err := oneName(c)
+			l, name, err := oneVM(c)
 			if err != nil {
 				return err
 			}
@@ -136,11 +132,7 @@ func secretRotateCommand() *cli.Command {
 		Name: "rotate", Usage: "stage a running VM's secrets anew from their sources", ArgsUsage: "VM",
 		Description: "A changed source is noticed without it; rotate says when something is wrong with one.",
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			name, err := oneName(c)
+			l, name, err := oneVM(c)
 			if err != nil {
 				return err
 			}

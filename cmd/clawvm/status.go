@@ -18,11 +18,7 @@ func statusCommand() *cli.Command {
 		Description: "Exit codes: 0 ready, 3 not ready or down, 4 no such VM.",
 		Flags:       []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			name, err := oneName(c)
+			l, name, err := oneVM(c)
 			if err != nil {
 				return err
 			}

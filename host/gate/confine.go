@@ -8,10 +8,11 @@ import (
 )
 
 // confine gives up what the gate does not need: it can gain no privileges by
-// exec, leaves no core, can open files only below the log directory, and can
-// connect by TCP only to name servers and to the published ports' targets. Which
-// of Landlock's rules apply depends on the kernel (files from 5.13, TCP from
-// 6.7); the uid without capabilities is what holds everywhere.
+// exec, leaves no core, can open files only below the log directory, can connect
+// by TCP only to name servers and to the published ports' targets, and makes no
+// system call that it has no use for. Which of Landlock's rules apply depends on
+// the kernel (files from 5.13, TCP from 6.7); the uid without capabilities and
+// the filter of system calls hold everywhere.
 func confine(c Config) error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("cannot forbid new privileges: %w", err)
@@ -30,5 +31,5 @@ func confine(c Config) error {
 	if err := landlock.V5.BestEffort().Restrict(rules...); err != nil {
 		return fmt.Errorf("cannot confine the gate: %w", err)
 	}
-	return nil
+	return restrictCalls()
 }

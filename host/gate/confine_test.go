@@ -59,6 +59,10 @@ func confined(logs string) int {
 	say("read elsewhere", err)
 	say("write logs", os.WriteFile(filepath.Join(logs, "x"), []byte("x"), 0o600))
 	say("run a program", exec.Command("/proc/self/exe").Run())
+	say("trace a process", unix.PtraceAttach(os.Getppid()))
+	say("make a namespace", unix.Unshare(unix.CLONE_NEWUSER))
+	_, err = unix.MemfdCreate("x", 0)
+	say("make a file in memory", err)
 	dial := func(to net.Listener) error {
 		c, err := net.Dial("tcp4", to.Addr().String())
 		if err == nil {
@@ -86,7 +90,8 @@ func TestGateIsConfined(t *testing.T) {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for _, want := range []string{
-		"read elsewhere: no", "write logs: yes", "run a program: no",
+		"read elsewhere: no", "write logs: yes", "run a program: no", "trace a process: no",
+		"make a namespace: no", "make a file in memory: no",
 		"connect to a published port: yes", "connect elsewhere: no", "dumpable: 0 <nil>",
 	} {
 		if !strings.Contains(string(out), want+"\n") {

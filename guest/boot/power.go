@@ -164,7 +164,7 @@ func (g *guestInit) endProcesses() {
 	warn("some processes do not end")
 }
 
-// saveDisks unmounts the volumes and makes the overlay's disk read-only, so that nothing of them is left to recover.
+// saveDisks makes the volumes and the overlay's disk read-only and unmounts the volumes, so that nothing of them is left to recover.
 func (g *guestInit) saveDisks() (failed []error) {
 	if g.box != nil {
 		if err := g.box.close(); err != nil { // its namespace holds the mounts, too
@@ -173,6 +173,13 @@ func (g *guestInit) saveDisks() (failed []error) {
 	}
 	for i := len(g.mounted) - 1; i >= 0; i-- {
 		m := g.mounted[i]
+		// The workload's namespace has the file system mounted, too, and the kernel takes a namespace down some time after its
+		// last process: until then an unmount here ends this mount alone. Made read-only, the file system itself is finished.
+		if m.Kind == guest.MountVolume && !m.ReadOnly {
+			if err := waitFor(leaveTime, func() error { return unix.Mount("", m.Target, "", unix.MS_REMOUNT|unix.MS_RDONLY, "") }); err != nil {
+				failed = append(failed, &os.PathError{Op: "remount", Path: m.Target, Err: err})
+			}
+		}
 		if err := unix.Unmount(m.Target, 0); err != nil && m.Kind == guest.MountVolume {
 			failed = append(failed, &os.PathError{Op: "unmount", Path: m.Target, Err: err})
 		}

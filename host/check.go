@@ -51,18 +51,25 @@ func Check(ctx context.Context, l Layout, name string) error {
 	return nil
 }
 
+// load reads the host's settings and the declaration of VM name.
+func (l Layout) load(name string) (*config.Host, *config.VM, error) {
+	hostConfig, err := config.LoadHost(l.HostConfig())
+	if err != nil {
+		return nil, nil, coded(ExitDeclaration, err)
+	}
+	file, err := l.Declaration(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	vm, err := config.Load(file, hostConfig)
+	return hostConfig, vm, coded(ExitDeclaration, err)
+}
+
 // loadDeclaration reads the host's settings and the declaration.
 func (l *life) loadDeclaration(context.Context) error {
 	var err error
-	if l.hostConfig, err = config.LoadHost(l.layout.HostConfig()); err != nil {
-		return coded(ExitDeclaration, err)
-	}
-	file, err := l.layout.Declaration(l.name)
-	if err != nil {
+	if l.hostConfig, l.vm, err = l.layout.load(l.name); err != nil {
 		return err
-	}
-	if l.vm, err = config.Load(file, l.hostConfig); err != nil {
-		return coded(ExitDeclaration, err)
 	}
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
@@ -112,17 +119,9 @@ func declaredSecrets(vm *config.VM) []secrets.Secret {
 
 // Secrets are the secrets that the declaration of VM name has.
 func Secrets(l Layout, name string) ([]secrets.Secret, error) {
-	hostConfig, err := config.LoadHost(l.HostConfig())
-	if err != nil {
-		return nil, coded(ExitDeclaration, err)
-	}
-	file, err := l.Declaration(name)
+	_, vm, err := l.load(name)
 	if err != nil {
 		return nil, err
-	}
-	vm, err := config.Load(file, hostConfig)
-	if err != nil {
-		return nil, coded(ExitDeclaration, err)
 	}
 	return declaredSecrets(vm), nil
 }

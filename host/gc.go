@@ -7,7 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"sort"
+	"slices"
 	"time"
 
 	"github.com/clawvm/clawvm/config"
@@ -37,29 +37,14 @@ func Collect(ctx context.Context, l Layout, all bool) (removed []string, err err
 	bridge := network.Bridge{Name: hostConfig.Bridge, Address: hostConfig.Address, Owner: l.ID}
 	rules := network.Rules{Bridge: bridge, Lock: l.RulesLock()}
 
-	dead, errs := map[string]*os.File{}, []error{}
+	var locks []*os.File // of the dead VMs, so that none is started meanwhile
 	defer func() {
-		for _, lock := range dead {
+		for _, lock := range locks {
 			lock.Close()
 		}
 	}()
+	var errs []error
 	running := 0
-	// hold takes a dead VM's lock, so that it can't be started meanwhile.
-	hold := func(name string) bool {
-		if dead[name] != nil {
-			return true
-		}
-		lock, err := takeLock(l.VM(name).Lock())
-		if errors.Is(err, errLocked) {
-			return false
-		}
-		if err != nil {
-			errs = append(errs, err)
-			return false
-		}
-		dead[name] = lock
-		return true
-	}
 	names, err := l.withRunDir()
 	if err != nil {
 		return nil, err
@@ -81,17 +66,17 @@ func Collect(ctx context.Context, l Layout, all bool) (removed []string, err err
 	for vm := range ruled {
 		names = append(names, vm)
 	}
-	sort.Strings(names)
-	seen := map[string]bool{}
-	for _, name := range names {
-		if seen[name] {
-			continue
-		}
-		seen[name] = true
-		if !hold(name) {
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
+		lock, err := takeLock(l.VM(name).Lock())
+		if err != nil {
 			running++
+			if !errors.Is(err, errLocked) {
+				errs = append(errs, err)
+			}
 			continue
 		}
+		locks = append(locks, lock)
 		killed, err := killMarked(l.Mark(name))
 		if err != nil {
 			errs = append(errs, err)

@@ -11,15 +11,7 @@ import (
 // Hints are commands, ready to paste, that reach what a VM's declaration
 // publishes. What can't be found out is left away: they are help, not an answer.
 func Hints(l Layout, name string) []string {
-	hostConfig, err := config.LoadHost(l.HostConfig())
-	if err != nil {
-		return nil
-	}
-	file, err := l.Declaration(name)
-	if err != nil {
-		return nil
-	}
-	vm, err := config.Load(file, hostConfig)
+	_, vm, err := l.load(name)
 	if err != nil || vm.OpenClaw == nil {
 		return nil
 	}

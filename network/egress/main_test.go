@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -74,6 +75,30 @@ func needLoopback(t testing.TB) {
 	t.Helper()
 	if err := loopback(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// listenBoth listens on one port of the loopback address over UDP and over TCP. The kernel picks a port that is free for UDP;
+// over TCP an earlier test's connection may still hold it, so another one is tried then.
+func listenBoth(t testing.TB) (net.PacketConn, net.Listener) {
+	t.Helper()
+	needLoopback(t)
+	const tries = 100
+	for try := 1; ; try++ {
+		udp, err := net.ListenPacket("udp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		tcp, err := net.Listen("tcp", udp.LocalAddr().String())
+		if err == nil {
+			return udp, tcp
+		}
+		if err := udp.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) || try == tries {
+			t.Fatal(err)
+		}
 	}
 }
 

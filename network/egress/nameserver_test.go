@@ -31,17 +31,9 @@ func record(t testing.TB, s string) dns.RR {
 // newNameServer answers with what answer puts into the reply; nil: 192.0.2.1 to every A.
 func newNameServer(t testing.TB, answer func(w dns.ResponseWriter, reply *dns.Msg)) *nameServer {
 	t.Helper()
-	needLoopback(t)
 	ns := new(nameServer)
-	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	udp, tcp := listenBoth(t)
 	ns.addr = udp.LocalAddr().(*net.UDPAddr).AddrPort()
-	tcp, err := net.Listen("tcp", ns.addr.String())
-	if err != nil {
-		t.Fatal(err)
-	}
 	handler := dns.HandlerFunc(func(w dns.ResponseWriter, m *dns.Msg) {
 		if a, ok := w.RemoteAddr().(*net.UDPAddr); ok {
 			ns.udp.Add(1)

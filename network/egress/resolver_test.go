@@ -22,21 +22,13 @@ type running struct {
 // serve starts a resolver with a clock that stands still, and checks that it ends as it should.
 func serve(t testing.TB, r *Resolver) *running {
 	t.Helper()
-	needLoopback(t)
 	run := &running{recorder: new(recorder), clock: newClock()}
 	r.VM = "claw"
 	if r.Log == nil {
 		r.Log = run.log
 	}
-	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	udp, tcp := listenBoth(t)
 	run.addr = udp.LocalAddr().String()
-	tcp, err := net.Listen("tcp", run.addr)
-	if err != nil {
-		t.Fatal(err)
-	}
 	run.server = newServer(r, run.clock.now)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -307,8 +299,8 @@ func TestNamesInTheLogAreEscaped(t *testing.T) {
 }
 
 func TestServeEnds(t *testing.T) {
-	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
 	needLoopback(t)
+	udp, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,7 +10,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 
 GO      := scripts/go
 
-.PHONY: up down build test check bench install uninstall clean
+.PHONY: up down build test check bench fuzz install uninstall clean
 
 up: build
 	scripts/setup run
@@ -32,6 +32,10 @@ test:
 check:
 	scripts/setup build
 	scripts/check
+
+fuzz:
+	scripts/setup test
+	scripts/fuzz
 
 bench: build
 	scripts/setup test

@@ -335,10 +335,10 @@ func FuzzParse(f *testing.F) {
 		}
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if _, err := ParseHost("/host.yaml", data); err != nil && err.Error() == "" {
-			t.Error("an error without a message")
-		}
+		_, err := ParseHost("/host.yaml", data)
+		positioned(t, err)
 		vm, err := Parse("x", "/x.yaml", data, nil)
+		positioned(t, err)
 		if err != nil {
 			for line := range strings.SplitSeq(err.Error(), "\n") {
 				if !strings.HasPrefix(line, "/x.yaml:") {
@@ -354,6 +354,78 @@ func FuzzParse(f *testing.F) {
 		}
 		if diff := cmp.Diff(vm, again, sameVM...); diff != "" {
 			t.Fatalf("what Show prints reads as another VM:\n%s\n%s", diff, shown)
+		}
+	})
+}
+
+// positioned fails for a problem that doesn't say where it is and what is wrong, or that would drive a terminal.
+func positioned(t *testing.T, err error) {
+	t.Helper()
+	var problems Problems
+	if err != nil && !errors.As(err, &problems) {
+		t.Fatalf("%T is no list of problems: %v", err, err)
+	}
+	for _, p := range problems {
+		if p.Line < 1 || p.Column < 1 || p.Wrong == "" {
+			t.Errorf("a problem without a place: %+v", p)
+		}
+		if text := p.String(); unprintable(text) || len(text) > maxProblem {
+			t.Errorf("a problem of %d bytes: %q", len(text), text)
+		}
+	}
+}
+
+// maxProblem is the longest that a message has been with a declaration of the size that is read.
+const maxProblem = 2 << 10
+
+// FuzzMerge lays one declaration over another: whatever the host's defaults are, what comes out has a place, too.
+func FuzzMerge(f *testing.F) {
+	f.Add([]byte("defaults: {memory: 1GiB, run: {argv: [a]}}\n"), []byte("image: x\nopenclaw: {}\n"))
+	f.Add([]byte("defaults: {overlay: {tmpfs: 16MiB}}\n"), []byte("image: x\noverlay: {size: 1GiB}\n"))
+	f.Add([]byte("defaults: {image: x, vcpus: many}\n"), []byte("{}\n"))
+	f.Fuzz(func(t *testing.T, host, vm []byte) {
+		h, err := ParseHost("/host.yaml", host)
+		if err != nil {
+			return
+		}
+		got, err := Parse("x", "/x.yaml", vm, h)
+		positioned(t, err)
+		if err == nil && got.Image == "" {
+			t.Error("a VM without an image")
+		}
+	})
+}
+
+// FuzzNames looks that what is taken for a name can be part of a path, a unit and a line of text.
+func FuzzNames(f *testing.F) {
+	for _, s := range []string{"openclaw", "a-b", "../x", "a\nb", "", strings.Repeat("a", 33), "A", "a\x00"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if err := ValidName(s); err != nil {
+			if unprintable(err.Error()) {
+				t.Errorf("the refusal holds what is no text: %q", err)
+			}
+			return
+		}
+		if len(s) > 32 || filepath.Base(s) != s || strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789-") != "" || s[0] == '-' {
+			t.Errorf("%q is taken for a name", s)
+		}
+	})
+}
+
+// FuzzSize reads a size.
+func FuzzSize(f *testing.F) {
+	for _, s := range []string{"1", "512MiB", "8388607TiB", "-1", "1.5GiB", "18446744073709551616"} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		got, err := ParseSize(s)
+		if err != nil {
+			return
+		}
+		if again, err := ParseSize(got.String()); got < 0 || err != nil || again != got {
+			t.Errorf("%q is %d, which prints as %s and reads as %d, %v", s, got, got, again, err)
 		}
 	})
 }

@@ -6,6 +6,7 @@ import (
 	"math"
 	"regexp"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 
 	"github.com/goccy/go-yaml/ast"
@@ -172,10 +173,18 @@ func (r *treeReader) syntax(err error) {
 		GetMessage() string
 	}
 	if errors.As(err, &positioned) {
-		r.fail(r.at(positioned.GetToken()), "", "isn't YAML or JSON: "+positioned.GetMessage(), "")
+		r.fail(r.at(positioned.GetToken()), "", "isn't YAML or JSON: "+escaped(positioned.GetMessage()), "")
 		return
 	}
-	r.fail(place{}, "", "isn't YAML or JSON: "+err.Error(), "")
+	r.fail(place{line: 1, column: 1}, "", "isn't YAML or JSON: "+escaped(err.Error()), "")
+}
+
+// escaped is a message of the parser's, which repeats what it stumbled over, as one line that drives no terminal.
+func escaped(message string) string {
+	if q := strconv.QuoteToGraphic(message); unprintable(message) {
+		return strings.ReplaceAll(q[1:len(q)-1], `\"`, `"`)
+	}
+	return message
 }
 
 // exponent is a number that JSON knows and the YAML parser takes for text.

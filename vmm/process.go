@@ -85,9 +85,9 @@ func (t *Tail) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// String is the end of what was written, without the space around it; of a line that was cut, what is left of it.
+// String is the end of what was written, by Plain and without the space around it; of a line that was cut, what is left of it.
 func (t *Tail) String() string {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return strings.TrimSpace(string(t.end))
+	return strings.TrimSpace(Plain(string(t.end)))
 }

@@ -46,7 +46,8 @@ func say(err error) {
 		}
 		return
 	}
-	fmt.Fprintln(os.Stderr, "clawvm:", strings.TrimRight(err.Error(), "\n"))
+	// It may repeat what a guest, an image or a server on the network said.
+	fmt.Fprintln(os.Stderr, "clawvm:", onScreen(strings.TrimRight(err.Error(), "\n")))
 }
 
 // joinedText says whether err is only the errors of the list, and adds nothing.

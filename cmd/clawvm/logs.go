@@ -56,7 +56,9 @@ const followPoll = 250 * time.Millisecond
 func printLog(ctx context.Context, out *os.File, path string, n int, follow bool) error {
 	var w io.Writer = out
 	if onTerminal(out) {
-		w = &visible{out: out}
+		v := &visible{out: out}
+		defer v.Close()
+		w = v
 	}
 	f, err := host.OpenLog(path)
 	for errors.Is(err, fs.ErrNotExist) {
@@ -142,27 +144,4 @@ func seekLines(f *os.File, n int) error {
 	}
 	_, err = f.Seek(0, io.SeekStart)
 	return err
-}
-
-// visible writes text with its control characters but newline and tab made
-// visible, as `cat -v` does.
-type visible struct{ out io.Writer }
-
-func (v *visible) Write(p []byte) (int, error) {
-	safe := make([]byte, 0, len(p))
-	for _, b := range p {
-		switch {
-		case b == '\r':
-		case b == '\n' || b == '\t' || b >= 0x20 && b != 0x7f:
-			safe = append(safe, b)
-		case b == 0x7f:
-			safe = append(safe, '^', '?')
-		default:
-			safe = append(safe, '^', b+'@')
-		}
-	}
-	if _, err := v.out.Write(safe); err != nil {
-		return 0, err
-	}
-	return len(p), nil
 }

@@ -158,12 +158,24 @@ func xzProgram(body []byte) ([]byte, error) {
 	}
 	cmd := exec.Command(path, "--decompress", "--stdout", "--single-stream")
 	cmd.Stdin = bytes.NewReader(body)
-	out := &bytes.Buffer{}
-	cmd.Stdout = out
-	if err := cmd.Run(); err != nil {
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("%w: xz: %w", errPacked, err)
 	}
-	return out.Bytes(), nil
+	// A few kilobytes can become a terabyte. What isn't read, xz can't write: it ends by SIGPIPE.
+	out, err := io.ReadAll(io.LimitReader(stdout, maxImage+1))
+	err = errors.Join(err, stdout.Close())
+	waited := cmd.Wait()
+	if len(out) > maxImage {
+		return nil, fmt.Errorf("damaged: its payload is larger than %d MiB", maxImage>>20)
+	}
+	if err := errors.Join(err, waited); err != nil {
+		return nil, fmt.Errorf("%w: xz: %w", errPacked, err)
+	}
+	return out, nil
 }
 
 // checkPVH makes sure that an ELF kernel has the entry that VMMs start an uncompressed kernel at.

@@ -27,7 +27,7 @@ import (
 var update = flag.Bool("update", false, "rewrite the golden files")
 
 // elfFile makes a small ELF file with one section and one note segment.
-func elfFile(t *testing.T, section, content string, note []byte) []byte {
+func elfFile(t testing.TB, section, content string, note []byte) []byte {
 	t.Helper()
 	const headerSize, progSize, sectionSize = 64, 56, 64
 	names := "\x00" + section + "\x00.shstrtab\x00"
@@ -87,7 +87,7 @@ func bzImage(payload []byte) []byte {
 }
 
 // pack compresses as the kernel's makefile does: with the size behind, but for gzip.
-func pack(t *testing.T, how string, content []byte) []byte {
+func pack(t testing.TB, how string, content []byte) []byte {
 	t.Helper()
 	out := &bytes.Buffer{}
 	var w io.WriteCloser

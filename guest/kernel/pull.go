@@ -212,13 +212,32 @@ func (a *apt) newest(ctx context.Context, pkg string) (aptPackage, error) {
 	if err != nil {
 		return p, err
 	}
-	if m := imageDependency.FindStringSubmatch(p.Depends); m != nil {
-		return a.show(ctx, m[1])
+	image, err := p.image()
+	if err != nil || image == p.Name {
+		return p, err
 	}
-	if r := p.release(); r == p.Name || !isDigit(r[0]) {
-		return p, fmt.Errorf("package %s is no kernel and depends on none", pkg)
+	if p, err = a.show(ctx, image); err != nil {
+		return p, err
+	}
+	if !imageName.MatchString(p.Name) {
+		return p, fmt.Errorf("apt-cache shows %s for %s", p.Name, image)
 	}
 	return p, nil
+}
+
+// imageName is an image package's name; what follows the prefix is the kernel's release, which names its directory in the
+// store.
+var imageName = regexp.MustCompile(`^` + imagePrefix + `[0-9][a-z0-9+.-]*$`)
+
+// image is the name of the image package that p depends on, or that p is.
+func (p aptPackage) image() (string, error) {
+	if m := imageDependency.FindStringSubmatch(p.Depends); m != nil {
+		return m[1], nil
+	}
+	if !imageName.MatchString(p.Name) {
+		return "", fmt.Errorf("package %s is no kernel and depends on none", p.Name)
+	}
+	return p.Name, nil
 }
 
 func (a *apt) show(ctx context.Context, pkg string) (aptPackage, error) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"unicode"
 
 	"golang.org/x/sys/unix"
 )
@@ -133,7 +134,7 @@ func Printable(s string, max int) string {
 		if r == '\t' {
 			r = ' '
 		}
-		if r < ' ' || r == 0x7f || r >= 0x80 && r < 0xa0 || r == 0xfffd || r >= 0x202a && r <= 0x202e || r >= 0x2066 && r <= 0x2069 {
+		if r == unicode.ReplacementChar || unicode.IsControl(r) || unicode.Is(unicode.Bidi_Control, r) {
 			r = '?'
 		}
 		if size += len(string(r)); size > max {

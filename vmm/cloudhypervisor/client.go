@@ -12,6 +12,8 @@ import (
 	"net/url"
 	"strings"
 	"time"
+
+	"github.com/clawvm/clawvm/vmm"
 )
 
 // maxRequest is the longest request body that cloud-hypervisor takes (micro_http's limit up to v53); it answers a longer one with
@@ -58,7 +60,7 @@ func (e *APIError) Error() string {
 	if len(e.Chain) == 0 {
 		return fmt.Sprintf("cloud-hypervisor refused %s with status %d", e.Call, e.Status)
 	}
-	return fmt.Sprintf("cloud-hypervisor refused %s: %s", e.Call, strings.Join(e.Chain, ": "))
+	return fmt.Sprintf("cloud-hypervisor refused %s: %s", e.Call, vmm.Plain(strings.Join(e.Chain, ": ")))
 }
 
 // pong is vmm.ping's answer.

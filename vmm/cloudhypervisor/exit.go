@@ -45,7 +45,7 @@ func (e *ending) exit() vmm.Exit {
 	switch {
 	// The process was only killed for what the guest did, so that its signal says nothing.
 	case e.panicked != "":
-		return vmm.Exit{Reason: vmm.ExitPanicked, Detail: "the guest's kernel panicked (" + e.panicked + ")"}
+		return vmm.Exit{Reason: vmm.ExitPanicked, Detail: "the guest's kernel panicked (" + vmm.Plain(e.panicked) + ")"}
 	case e.rebooting:
 		return vmm.Exit{Reason: vmm.ExitRebooted, Detail: "the guest asked for a reset"}
 	case e.poweredOff:

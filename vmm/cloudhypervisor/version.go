@@ -30,7 +30,7 @@ const versionLimit = 10 * time.Second
 
 // versionPattern finds "v53.0-dirty" in --version's "cloud-hypervisor v53.0-dirty" (builds from a clone have a suffix of
 // git's), and takes vmm.ping's "53.0.0".
-var versionPattern = regexp.MustCompile(`(?:^|\s)v?((\d{1,6})\.\d{1,6}\S*)`)
+var versionPattern = regexp.MustCompile(`(?:^|\s)v?((\d{1,6})\.\d{1,6}[!-~]*)`)
 
 // parseVersion reads the first line of --version, or vmm.ping's version.
 func parseVersion(s string) (version string, major int, err error) {

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net"
 	"sync"
+
+	"github.com/clawvm/clawvm/vmm"
 )
 
 // maxLine bounds a line of QMP. What is asked for here answers in a few hundred bytes; a QEMU that a guest took over
@@ -47,7 +49,7 @@ type qmpError struct {
 	Desc  string `json:"desc"`
 }
 
-func (e *qmpError) Error() string { return e.Desc }
+func (e *qmpError) Error() string { return vmm.Plain(e.Desc) }
 
 // errQMPClosed means that QEMU closed its end, as it does when it ends.
 var errQMPClosed = errors.New("QEMU has closed its control connection")

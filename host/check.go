@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -243,27 +242,10 @@ func (l *life) bootFiles(ctx context.Context, init string) (*kernel.Boot, error)
 	}
 	name := sha256.Sum256([]byte(l.kernel.Image))
 	file := filepath.Join(l.layout.Known(), "boot-"+hex.EncodeToString(name[:8])+".json")
-	return remember(file, on, stillThere, func() (*kernel.Boot, error) {
+	inUse := func(b *kernel.Boot) bool { return b.Use(ctx, l.layout.BootCache()) }
+	return remember(file, on, inUse, func() (*kernel.Boot, error) {
 		return kernel.Prepare(ctx, l.kernel, init, l.layout.BootCache())
 	})
-}
-
-// stillThere looks for remembered files and, as kernel.Prepare does, says by
-// their directories' time that they are in use.
-func stillThere(b *kernel.Boot) bool {
-	if b == nil {
-		return false
-	}
-	now := time.Now()
-	for _, file := range []string{b.Vmlinux, b.Initramfs} {
-		if _, err := os.Stat(file); err != nil {
-			return false
-		}
-		if err := os.Chtimes(filepath.Dir(file), now, now); err != nil {
-			return false
-		}
-	}
-	return true
 }
 
 // initVariable names the guest's init where it isn't installed, as in tests.

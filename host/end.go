@@ -181,7 +181,7 @@ func (l *life) shutDown(grace time.Duration) error {
 			continue
 		}
 		l.logf("%s (up to %s)", r.what, r.wait)
-		if err := r.do(); err != nil {
+		if err := guarded(r.what, r.do); err != nil {
 			l.logf("%s: %v", r.what, err)
 			continue
 		}

@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"time"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // The exit codes of clawvm. Those of exec are the program's own, as docker's are.
@@ -59,9 +61,35 @@ func ExitCode(err error) int {
 // End is how a VM ended, kept for `ls` and `status` until the next start.
 type End struct {
 	Time time.Time `json:"time"`
+	// Started is when its supervisor started, which tells this end from an
+	// earlier one's; zero in what an older clawvm wrote.
+	Started time.Time `json:"started,omitzero"`
 	// Reason is a sentence without a stop; empty for an end that was asked for.
 	Reason string `json:"reason,omitempty"`
 	Code   int    `json:"code"`
+	// Left: something could not be taken down, which the reason names.
+	Left bool `json:"left,omitempty"`
+}
+
+// leftError is the error of an end that left something behind.
+type leftError struct{ error }
+
+func (e leftError) Unwrap() error { return e.error }
+
+// since says whether e was recorded after before was read; either may be nil. It
+// looks at no clock, which may have been set in between.
+func (e *End) since(before *End) bool {
+	return e != nil && (before == nil || !e.Time.Equal(before.Time))
+}
+
+// endOf is how the supervisor with this status ended; nil when it ended without
+// a word, because it was killed or could not write.
+func endOf(l Layout, st Status) (*End, error) {
+	e, err := readEnd(l.VM(st.Name).LastEnd())
+	if err != nil || e == nil || !e.Started.IsZero() && !e.Started.Equal(st.Started) {
+		return nil, err
+	}
+	return e, nil
 }
 
 // Failed says whether the VM ended otherwise than it should.
@@ -72,7 +100,13 @@ func writeEnd(file string, e End) error {
 	if err != nil {
 		return err
 	}
-	return writeAtomic(file, append(b, '\n'), 0o600)
+	if err := durable.MkdirAll(filepath.Dir(file), 0o700); err != nil {
+		return fmt.Errorf("cannot keep how the VM ended: %w", err)
+	}
+	if err := durable.WriteFile(file, append(b, '\n'), 0o600); err != nil {
+		return fmt.Errorf("cannot keep how the VM ended: %w", err)
+	}
+	return nil
 }
 
 // readEnd returns nil when no end is recorded.
@@ -89,34 +123,4 @@ func readEnd(file string) (*End, error) {
 		return nil, fmt.Errorf("cannot read how the VM ended: %s: %w", file, err)
 	}
 	return &e, nil
-}
-
-// writeAtomic replaces file so that after a crash it holds the old content or the
-// new one: temporary file, fsync, rename, fsync of the directory.
-func writeAtomic(file string, content []byte, mode os.FileMode) (err error) {
-	dir := filepath.Dir(file)
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return err
-	}
-	tmp, err := os.CreateTemp(dir, "."+filepath.Base(file)+"-*")
-	if err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, os.Remove(tmp.Name()))
-		}
-	}()
-	_, werr := tmp.Write(content)
-	if err := errors.Join(werr, tmp.Chmod(mode), tmp.Sync(), tmp.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp.Name(), file); err != nil {
-		return err
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return nil // renamed: only the durability of the name is not known
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

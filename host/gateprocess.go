@@ -22,7 +22,7 @@ const GateArgument = "gate"
 
 // gateProcess is the supervisor's end of a running gate.
 type gateProcess struct {
-	cmd      *exec.Cmd
+	cmd      *exec.Cmd // nil until it runs
 	conn     *gate.Conn
 	messages chan gate.Message // closed when the gate has ended or speaks nonsense
 
@@ -35,24 +35,27 @@ type gateProcess struct {
 // waits for it, and so does its guest.
 const messagesMax = 16
 
-// startGate starts the gate with the sockets that openSockets made.
+// startGateProcess starts the gate with the sockets that openSockets made. What
+// ends it is pushed on the undo stack, which the caller unwinds also after an error.
 func (l *life) startGateProcess(c gate.Config, files []namedFile) (*gateProcess, error) {
 	conn, end, err := gate.Pair()
 	if err != nil {
 		return nil, err
 	}
 	defer end.Close()
+	g := &gateProcess{conn: conn, messages: make(chan gate.Message, messagesMax), ended: make(chan struct{})}
+	l.undo.push("the gate", g.stop)
 	for _, f := range files {
 		c.Files = append(c.Files, f.name)
 	}
 	config, err := memoryFile("gate-config", c)
 	if err != nil {
-		return nil, errors.Join(err, conn.Close())
+		return nil, err
 	}
 	defer config.Close()
 	log, err := l.logFile(l.paths.Log + "/gate.log")
 	if err != nil {
-		return nil, errors.Join(err, conn.Close())
+		return nil, err
 	}
 	defer log.Close()
 
@@ -69,9 +72,9 @@ func (l *life) startGateProcess(c gate.Config, files []namedFile) (*gateProcess,
 		Credential: &syscall.Credential{Uid: uint32(l.ids.gate), Gid: uint32(l.ids.gate)},
 	}
 	if err := l.spawner.spawn(cmd); err != nil {
-		return nil, errors.Join(fmt.Errorf("cannot start the gate: %w", err), conn.Close())
+		return nil, fmt.Errorf("cannot start the gate: %w", err)
 	}
-	g := &gateProcess{cmd: cmd, conn: conn, messages: make(chan gate.Message, messagesMax), ended: make(chan struct{})}
+	g.cmd = cmd
 	go g.receive()
 	go func() {
 		err := cmd.Wait()
@@ -122,6 +125,9 @@ func (g *gateProcess) why() error {
 // its logs; and by force when that takes too long.
 func (g *gateProcess) stop() error {
 	err := g.conn.Close()
+	if g.cmd == nil {
+		return err
+	}
 	for {
 		select {
 		case <-g.ended:

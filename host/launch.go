@@ -11,6 +11,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // Declare makes sure that the declaration in file is the one that its VM goes by:
@@ -32,11 +34,11 @@ func Declare(l Layout, file string) (name string, made bool, err error) {
 	have, err := l.Declaration(name)
 	var missing *NotDeclaredError
 	if errors.As(err, &missing) {
-		if err := os.MkdirAll(l.Declarations(), 0o755); err != nil {
+		if err := durable.MkdirAll(l.Declarations(), 0o755); err != nil {
 			return "", false, fmt.Errorf("cannot declare VM %s: %w", name, err)
 		}
 		link := filepath.Join(l.Declarations(), name+filepath.Ext(abs))
-		if err := os.Symlink(abs, link); err != nil {
+		if err := durable.Symlink(abs, link); err != nil {
 			return "", false, fmt.Errorf("cannot declare VM %s: %w", name, err)
 		}
 		return name, true, nil
@@ -106,7 +108,7 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 	if err != nil {
 		return false, err
 	}
-	began := time.Now()
+	before, beforeErr := readEnd(paths.LastEnd()) // one that can't be read is replaced by the next
 	cmd := exec.Command(self, "--root", l.Root, "run", name)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
@@ -137,7 +139,7 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 			if errors.As(err, &exit) {
 				code = exit.ExitCode()
 			}
-			if e, eerr := readEnd(paths.LastEnd()); eerr == nil && e.Failed() && e.Time.After(began) {
+			if e, eerr := readEnd(paths.LastEnd()); eerr == nil && e.Failed() && (beforeErr != nil || e.since(before)) {
 				return false, coded(e.Code, errors.New(e.Reason))
 			}
 			why := strings.TrimPrefix(lastLine(said[:n]), "clawvm: ")
@@ -155,22 +157,30 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 	}
 }
 
-// WaitDown waits until nobody holds the VM's lock.
-func WaitDown(ctx context.Context, l Layout, name string) error {
+// WaitDown waits until the supervisor that had the status st has ended, and says
+// how it did; nil when it ended without a word. That another one runs by then, of
+// an `up` that was quick, is no reason to wait on.
+func WaitDown(ctx context.Context, l Layout, st Status) (*End, error) {
 	tick := time.NewTicker(downPoll)
 	defer tick.Stop()
 	for {
-		held, err := locked(l.VM(name).Lock())
-		if err != nil || !held {
-			return err
+		held, err := locked(l.VM(st.Name).Lock())
+		if err != nil {
+			return nil, err
+		}
+		if !held {
+			return endOf(l, st)
+		}
+		if now, err := l.Dial(st.Name).Status(ctx); err == nil && !now.Started.Equal(st.Started) {
+			return endOf(l, st)
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return fmt.Errorf("VM %s is not down yet: %w", name, context.Cause(ctx))
+			return nil, fmt.Errorf("VM %s is not down yet: %w", st.Name, context.Cause(ctx))
 		}
 	}
 }
 
 // downPoll is how often a lock is asked for: it has no event to wait for.
-const downPoll = 10 * time.Millisecond
+const downPoll = 20 * time.Millisecond

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/clawvm/clawvm/config"
+	"github.com/clawvm/clawvm/durable"
 )
 
 // sunPathMax is the longest path of a unix socket: sun_path holds 108 bytes
@@ -91,17 +92,15 @@ func ensureID(file string) (string, error) {
 	}
 	raw := make([]byte, 4)
 	rand.Read(raw)
-	tmp, err := os.CreateTemp(filepath.Dir(file), ".root-id-*")
-	if err != nil {
+	new := hex.EncodeToString(raw)
+	// Under a name of its own: of two that begin at once each has its file.
+	tmp := filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+"-"+new)
+	if err := durable.WriteFile(tmp, []byte(new+"\n"), 0o644); err != nil {
 		return "", err
 	}
-	defer os.Remove(tmp.Name())
-	_, err = fmt.Fprintln(tmp, hex.EncodeToString(raw))
-	if err := errors.Join(err, tmp.Close()); err != nil {
-		return "", err
-	}
+	defer os.Remove(tmp)
 	// Link fails when the name exists, so the first one stays.
-	if err := os.Link(tmp.Name(), file); err != nil && !errors.Is(err, fs.ErrExist) {
+	if err := durable.Link(tmp, file); err != nil && !errors.Is(err, fs.ErrExist) {
 		return "", err
 	}
 	return read()

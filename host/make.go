@@ -343,7 +343,6 @@ func (l *life) startGate(context.Context) error {
 	if l.gate, err = l.startGateProcess(c, files); err != nil {
 		return err
 	}
-	l.undo.push("the gate", l.gate.stop)
 	// Before the gate goes: it logs the ends of the connections that are cut. And
 	// whoever gets the address next must not get their answers.
 	l.undo.push("the guest's connections", func() error {

@@ -10,6 +10,8 @@ import (
 	"slices"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // Known is the directory of what was found out about the host's programs and
@@ -47,7 +49,11 @@ func remember[T any](file string, on []string, good func(T) bool, find func() (T
 	if err != nil {
 		return answer, err
 	}
-	if err := writeAtomic(file, append(raw, '\n'), 0o600); err != nil {
+	err = durable.MkdirAll(filepath.Dir(file), 0o700)
+	if err == nil {
+		err = durable.WriteFile(file, append(raw, '\n'), 0o600)
+	}
+	if err != nil {
 		return answer, fmt.Errorf("cannot keep what is known of %s: %w", filepath.Base(on[0]), err)
 	}
 	return answer, nil

@@ -78,9 +78,10 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		return fmt.Errorf("cannot start VM %s: %w", name, err)
 	}
 	err = s.lives(ctx)
-	end := End{Time: time.Now().UTC(), Code: ExitCode(err)}
+	end := End{Time: time.Now().UTC(), Started: s.Status().Started, Code: ExitCode(err)}
 	if err != nil {
 		end.Reason = err.Error()
+		end.Left = errors.As(err, new(leftError))
 		s.logf("%v", err)
 	}
 	s.journal.add(Progress{State: VMEnded, Text: end.Reason})
@@ -124,7 +125,7 @@ func (s *Supervisor) lives(ctx context.Context) error {
 		s.life = nil
 		s.mu.Unlock()
 		if undoErr := l.undo.unwind(); undoErr != nil {
-			err = errors.Join(err, fmt.Errorf("VM %s ended, but %w; clawvm gc cleans up", s.name, undoErr))
+			err = errors.Join(err, leftError{fmt.Errorf("VM %s ended, but %w; clawvm gc cleans up", s.name, undoErr)})
 		}
 		if err != nil || how != endedByReboot {
 			return err

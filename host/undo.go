@@ -28,7 +28,7 @@ func (s *undoStack) unwind() error {
 	for len(s.entries) > 0 {
 		e := s.entries[len(s.entries)-1]
 		s.entries = s.entries[:len(s.entries)-1]
-		if err := e.undo(); err != nil {
+		if err := guarded("undo of "+e.what, e.undo); err != nil {
 			errs = append(errs, fmt.Errorf("cannot take down %s: %w", e.what, err))
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/clawvm/clawvm/config"
+	"github.com/clawvm/clawvm/durable"
 	"github.com/clawvm/clawvm/guest/kernel"
 	"github.com/clawvm/clawvm/host/gate"
 	"github.com/clawvm/clawvm/network"
@@ -165,7 +166,7 @@ func (l *life) bringUp(ctx context.Context) error {
 		l.update(func(s *Status) { s.Step = st.name })
 		l.journal.add(Progress{Step: st.name, Phase: st.phase, State: StepBegun})
 		began := time.Now()
-		err := st.do(l, ctx)
+		err := guarded(st.name, func() error { return st.do(l, ctx) })
 		took := time.Since(began)
 		if err != nil {
 			err = cannotStart(l.name, stepError{st.name, err})
@@ -187,10 +188,10 @@ func (l *life) note(step, format string, args ...any) {
 
 // makeDir makes a directory of the VM with exactly this mode and owner.
 func makeDir(path string, mode os.FileMode, uid, gid int) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+	if err := durable.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return err
 	}
-	if err := os.Mkdir(path, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	if err := durable.MkdirAll(path, 0o700); err != nil {
 		return err
 	}
 	return errors.Join(os.Chown(path, uid, gid), os.Chmod(path, mode))

@@ -10,6 +10,8 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // Leases are the addresses that VMs hold. A lease is a symbolic link named for
@@ -97,7 +99,7 @@ func (l Leases) acquire(vm string, want netip.Addr) (netip.Addr, error) {
 	if want.IsValid() && !l.usable(want) {
 		return netip.Addr{}, l.outside(want)
 	}
-	if err := os.MkdirAll(l.Dir, 0o700); err != nil {
+	if err := durable.MkdirAll(l.Dir, 0o700); err != nil {
 		return netip.Addr{}, err
 	}
 	all, err := l.List()
@@ -136,7 +138,7 @@ func (l Leases) usable(a netip.Addr) bool {
 
 // take makes the lease; one that the VM has already is as good.
 func (l Leases) take(a netip.Addr, vm string) error {
-	err := os.Symlink(vm, l.path(a))
+	err := durable.Symlink(vm, l.path(a))
 	if !errors.Is(err, fs.ErrExist) {
 		return err
 	}

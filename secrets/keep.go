@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // Set keeps what r gives as the secret called name of the VM whose directory is keep, in place of what was kept. It reads at
@@ -56,7 +58,7 @@ func generate(keep string, s Secret) (err error) {
 
 // keepValue writes a file that only we may read, so that it is there whole or not at all, also after a loss of power.
 func keepValue(dir, name string, content []byte) (err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
 	if err := os.Chmod(dir, 0o700); err != nil { // an old one may be wider

@@ -13,6 +13,8 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 var (
@@ -164,10 +166,7 @@ func makeDisk(ctx context.Context, d Disk) (err error) {
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	if err := os.Rename(half, d.Path); err != nil {
-		return err
-	}
-	return syncDir(filepath.Dir(d.Path))
+	return durable.Rename(half, d.Path)
 }
 
 // mkfsRoom is more than mke2fs leaves free when it fails for lack of space,

@@ -13,6 +13,8 @@ import (
 
 	"github.com/dustin/go-humanize"
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // The bounds of an import where the caller sets none: generous for a root
@@ -177,9 +179,7 @@ func (s *Store) publish(half *half, digest, name string) (err error) {
 		if _, err := s.Open(digest); err != nil {
 			return err
 		}
-	} else if err := os.Rename(half.path, place); err != nil {
-		return err
-	} else if err := syncDir(filepath.Dir(place)); err != nil {
+	} else if err := durable.Rename(half.path, place); err != nil {
 		return err
 	}
 	if name == "" {

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // Remove removes an image. By a name that isn't its last, only the name goes;
@@ -54,7 +56,7 @@ func (s *Store) Remove(ref string, inUse func(digest string) []string) (err erro
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove image %q: %w", ref, err)
 	}
-	return syncDir(filepath.Join(s.Dir, imagesDir))
+	return durable.SyncDir(filepath.Join(s.Dir, imagesDir))
 }
 
 // findDangling is find, but a name whose image is gone is found too.
@@ -77,5 +79,5 @@ func (s *Store) removeName(name string) error {
 	if err := os.Remove(filepath.Join(s.Dir, namesDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("cannot remove the image name %q: %w", name, err)
 	}
-	return syncDir(filepath.Join(s.Dir, namesDir))
+	return durable.SyncDir(filepath.Join(s.Dir, namesDir))
 }

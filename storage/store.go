@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 var (
@@ -271,10 +273,7 @@ func (s *Store) setName(name, digest string) error {
 	if err := os.Symlink(target, half); err != nil {
 		return err
 	}
-	if err := os.Rename(half, link); err != nil {
-		return err
-	}
-	return syncDir(filepath.Join(s.Dir, namesDir))
+	return durable.Rename(half, link)
 }
 
 func (s *Store) imageDir(digest string) string {
@@ -286,7 +285,7 @@ func (s *Store) prepare() error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("cannot change the store %s: %w", s.Dir, ErrNotRoot)
 	}
-	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
+	if err := durable.MkdirAll(s.Dir, 0o700); err != nil {
 		return fmt.Errorf("cannot make the store: %w", err)
 	}
 	// A store that was made with other rights would show setuid files to
@@ -295,7 +294,7 @@ func (s *Store) prepare() error {
 		return fmt.Errorf("cannot make the store private: %w", err)
 	}
 	for _, d := range []string{imagesDir, namesDir, tmpDir} {
-		if err := os.Mkdir(filepath.Join(s.Dir, d), 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		if err := durable.MkdirAll(filepath.Join(s.Dir, d), 0o700); err != nil {
 			return fmt.Errorf("cannot make the store: %w", err)
 		}
 	}
@@ -323,15 +322,6 @@ func flock(f *os.File, how int) error {
 			return err
 		}
 	}
-}
-
-// syncDir makes the names in a directory durable.
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }
 
 func formatDigest(sum []byte) string { return digestPrefix + hex.EncodeToString(sum) }

@@ -58,7 +58,11 @@ func downOne(ctx context.Context, l host.Layout, name string, grace time.Duratio
 		return err
 	}
 	began := time.Now()
-	err := l.Dial(name).Down(ctx, grace)
+	client := l.Dial(name)
+	st, err := client.Status(ctx)
+	if err == nil {
+		err = client.Down(ctx, grace)
+	}
 	if errors.Is(err, host.ErrNotRunning) {
 		if say {
 			fmt.Printf("%s is down already\n", name)
@@ -70,8 +74,13 @@ func downOne(ctx context.Context, l host.Layout, name string, grace time.Duratio
 	}
 	ctx, cancel := context.WithTimeout(ctx, grace+downSlack)
 	defer cancel()
-	if err := host.WaitDown(ctx, l, name); err != nil {
+	switch end, err := host.WaitDown(ctx, l, st); {
+	case err != nil:
 		return err
+	case end == nil:
+		return fmt.Errorf("VM %s is down, but its supervisor ended without a word: `%s logs --supervisor %s` shows how far it came, `%s gc` removes what it left", name, self(l), name, self(l))
+	case end.Left:
+		return errors.New(end.Reason)
 	}
 	if say {
 		fmt.Printf("%s is down after %s\n", name, human(time.Since(began)))

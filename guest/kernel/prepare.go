@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // Boot is what a VMM loads.
@@ -61,7 +63,7 @@ func Prepare(ctx context.Context, k *Kernel, initBinary, cacheDir string) (*Boot
 		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
 	}
 
-	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
+	if err := durable.MkdirAll(cacheDir, 0o755); err != nil {
 		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
 	}
 	unlock, err := lockCache(ctx, cacheDir)
@@ -96,6 +98,29 @@ func Prepare(ctx context.Context, k *Kernel, initBinary, cacheDir string) (*Boot
 		Initramfs: filepath.Join(guestDir, initramfsFile),
 		Packed:    string(packed),
 	}, nil
+}
+
+// Use says whether what an earlier Prepare returned is still there, and that it is used now, so that no Prune takes it
+// away before the VMM has read it.
+func (b *Boot) Use(ctx context.Context, cacheDir string) bool {
+	if b == nil || !isDir(cacheDir) {
+		return false
+	}
+	unlock, err := lockCache(ctx, cacheDir)
+	if err != nil {
+		return false
+	}
+	defer unlock()
+	now := time.Now()
+	for _, file := range []string{b.Vmlinux, b.Initramfs} {
+		if info, err := os.Stat(file); err != nil || !info.Mode().IsRegular() {
+			return false
+		}
+		if err := os.Chtimes(filepath.Dir(file), now, now); err != nil {
+			return false
+		}
+	}
+	return true
 }
 
 // writeKernel writes the extracted kernel; for one that can't be, the image and why.
@@ -146,7 +171,10 @@ func cached(cacheDir, name string, build func(dir string) error) (string, error)
 		err = build(temp)
 	}
 	if err == nil {
-		err = os.Rename(temp, dir)
+		err = durable.SyncDir(temp)
+	}
+	if err == nil {
+		err = durable.Rename(temp, dir)
 	}
 	if err != nil {
 		return "", errors.Join(err, os.RemoveAll(temp))

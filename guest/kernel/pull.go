@@ -17,6 +17,10 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // DefaultPackage is the package whose newest dependency Pull brings where no other is asked for: Debian's kernel for
@@ -334,7 +338,11 @@ func (a *apt) unpack(ctx context.Context, p aptPackage, dir string) (err error) 
 	if unpackErr != nil {
 		return unpackErr
 	}
-	return os.Rename(temp, filepath.Join(dir, p.release()))
+	// One call for the file system instead of one for each of 4,000 modules.
+	if err := syncFS(temp); err != nil {
+		return fmt.Errorf("cannot write it to the disk: %w", err)
+	}
+	return durable.Rename(temp, filepath.Join(dir, p.release()))
 }
 
 // unpackKernel writes of a package's files the image and the modules, as the store lays them out: vmlinuz and
@@ -381,6 +389,15 @@ func unpackKernel(stream io.Reader, dir, release string) error {
 		return fmt.Errorf("the package has no modules in %s", modules)
 	}
 	return nil
+}
+
+// syncFS writes the file system of a directory to its disk.
+func syncFS(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
 func writeFrom(root *os.Root, name string, r io.Reader) error {

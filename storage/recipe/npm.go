@@ -13,6 +13,8 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/clawvm/clawvm/durable"
 )
 
 // npmBuilder is the throw-away root in which npm runs. Its npm comes from
@@ -157,7 +159,7 @@ func (b *build) packNPM(ctx context.Context, builder, archive string) (err error
 	if err = errors.Join(err, w.Close(), f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("cannot keep the npm packages: %w", err)
 	}
-	if err := os.Rename(half, archive); err != nil {
+	if err := durable.Rename(half, archive); err != nil {
 		return fmt.Errorf("cannot keep the npm packages: %w", err)
 	}
 	return nil

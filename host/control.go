@@ -43,16 +43,18 @@ type Status struct {
 // State is where a VM is in its life.
 //
 //	stopped → starting → ready → stopping → stopped
-//	              │         │
-//	              └─────────┴──→ failed
+//	              │       │ ↑↓
+//	              │       │ paused
+//	              └───────┴──→ failed
 type State string
 
-// The states. A supervisor says the middle three; the others are derived where
-// there is none.
+// The states. A supervisor says all but the first and the last; those are derived
+// where there is none.
 const (
 	Stopped  State = "stopped"
 	Starting State = "starting"
 	Running  State = "ready"
+	Paused   State = "paused"
 	Stopping State = "stopping"
 	Failed   State = "failed"
 )
@@ -74,12 +76,7 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 		return nil, err
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		if err := json.NewEncoder(w).Encode(s.Status()); err != nil {
-			s.logf("cannot answer a request for the status: %v", err)
-		}
-	})
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) { s.answer(w, s.Status()) })
 	mux.HandleFunc("GET /v1/progress", s.serveProgress)
 	mux.HandleFunc("POST /v1/down", func(w http.ResponseWriter, r *http.Request) {
 		grace, err := strconv.ParseInt(r.FormValue("grace"), 10, 64)
@@ -97,6 +94,16 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
+	for what, do := range map[string]func(context.Context) (bool, error){"pause": s.pause, "resume": s.resume} {
+		mux.HandleFunc("POST /v1/"+what, func(w http.ResponseWriter, r *http.Request) {
+			changed, err := do(r.Context())
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusConflict)
+				return
+			}
+			s.answer(w, Changed{changed})
+		})
+	}
 	c := &control{listener: l, server: &http.Server{Handler: mux, ReadHeaderTimeout: controlHeaderTimeout}}
 	go func() {
 		if err := c.server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
@@ -104,6 +111,19 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 		}
 	}()
 	return c, nil
+}
+
+// answer sends v as JSON.
+func (s *Supervisor) answer(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(v); err != nil {
+		s.logf("cannot answer a request: %v", err)
+	}
+}
+
+// Changed is the answer to a request that may find things as they were asked for.
+type Changed struct {
+	Changed bool `json:"changed"`
 }
 
 // close ends the socket after its answers are sent, and removes it.
@@ -190,15 +210,8 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
 	defer cancel()
 	var st Status
-	resp, err := c.do(ctx, "GET", "status", nil)
-	if err != nil {
-		return st, err
-	}
-	defer resp.Body.Close()
-	if err := json.NewDecoder(resp.Body).Decode(&st); err != nil {
-		return st, fmt.Errorf("cannot read the status of VM %s: %w", c.name, err)
-	}
-	return st, nil
+	err := c.question(ctx, "GET", "status", &st)
+	return st, err
 }
 
 // Follow calls each for the progress of the start until the VM is ready or has
@@ -242,6 +255,37 @@ func (c *Client) Rotate(ctx context.Context) error {
 		return err
 	}
 	return resp.Body.Close()
+}
+
+// Pause stops the VM where it stands; changed is false for one that is paused
+// already. [Client.Resume] lets it go on.
+func (c *Client) Pause(ctx context.Context) (changed bool, err error) {
+	return c.change(ctx, "pause")
+}
+
+// Resume lets a paused VM go on, with its clock set; changed is false for one that
+// isn't paused.
+func (c *Client) Resume(ctx context.Context) (changed bool, err error) {
+	return c.change(ctx, "resume")
+}
+
+func (c *Client) change(ctx context.Context, what string) (bool, error) {
+	var answer Changed
+	err := c.question(ctx, "POST", what, &answer)
+	return answer.Changed, err
+}
+
+// question reads the answer to a request as JSON.
+func (c *Client) question(ctx context.Context, method, what string, answer any) error {
+	resp, err := c.do(ctx, method, what, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if err := json.NewDecoder(resp.Body).Decode(answer); err != nil {
+		return fmt.Errorf("cannot read the answer of the supervisor of VM %s: %w", c.name, err)
+	}
+	return nil
 }
 
 // answerMax bounds an error's text.

@@ -57,6 +57,8 @@ func (l *life) awaitEnd(ctx context.Context) (ending, error) {
 				return l.howItEnded()
 			}
 			return 0, fmt.Errorf("VM %s: the server of a share ended, and the guest cannot go on without: %w", l.name, err)
+		case r := <-l.requests:
+			r.done <- r.do(l)
 		case <-l.gate.ended:
 			return 0, fmt.Errorf("VM %s: the gate ended: %w; see %s", l.name, l.gate.why(), l.paths.Log+"/gate.log")
 		case m, ok := <-l.gate.messages:
@@ -100,6 +102,8 @@ func (l *life) heed(m gate.Message) {
 		l.update(func(st *Status) { st.Lost = m.Detail })
 	case gate.Progress:
 		l.logf("guest: %s", m.Detail)
+	case gate.ClockSet:
+		l.heedClock(m)
 	case gate.Connected, gate.Ready:
 	default:
 		l.logf("the gate said what is not understood: %q", m.Kind)
@@ -160,6 +164,9 @@ const drainWait = 200 * time.Millisecond
 // stopped, and killed by the undo stack. Each rung is said.
 func (l *life) shutDown(grace time.Duration) error {
 	if l.instance == nil {
+		return nil
+	}
+	if l.paused && !l.wakeToEnd(grace) {
 		return nil
 	}
 	gone := exited(l.instance)

@@ -26,7 +26,8 @@ type Supervisor struct {
 	spawner *spawner
 	journal *journal
 
-	down chan time.Duration // requests to end, with the guest's grace
+	down     chan time.Duration // requests to end, with the guest's grace
+	requests chan request       // what else is asked of a running VM
 
 	mu     sync.Mutex // guards what follows
 	status Status
@@ -51,8 +52,8 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		log:     log.New(out, "", log.LstdFlags|log.Lmsgprefix),
 		spawner: newSpawner(l.Mark(name)),
 		journal: newJournal(),
-		down:    make(chan time.Duration, 1),
-		status:  Status{Name: name, State: Starting, Started: time.Now().UTC(), PID: os.Getpid()},
+		down:    make(chan time.Duration, 1), requests: make(chan request),
+		status: Status{Name: name, State: Starting, Started: time.Now().UTC(), PID: os.Getpid()},
 	}
 	// See Layout.relative.
 	if err := os.Chdir(l.Root); err != nil {
@@ -116,7 +117,7 @@ func (s *Supervisor) tidy() error {
 func (s *Supervisor) lives(ctx context.Context) error {
 	for {
 		began := time.Now()
-		l := &life{Supervisor: s}
+		l := &life{Supervisor: s, clockSet: make(chan struct{}, 1)}
 		s.mu.Lock()
 		s.life = l
 		s.mu.Unlock()

@@ -51,6 +51,8 @@ type life struct {
 	daemons    []*storage.Daemon
 	instance   vmm.Instance
 	announced  *gate.Message // how the guest said that it ends
+	paused     bool          // see pause.go
+	clockSet   chan struct{} // the gate's answers to resumes
 
 	staging sync.Mutex // held while the staged secrets are written or taken away
 	staged  bool       // they may be written: their tmpfs is there

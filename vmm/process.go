@@ -1,11 +1,15 @@
 package vmm
 
 import (
+	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"sync"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // Command is the command that runs a VMM for m: as m's user with m's groups and no others, in a session of its own
@@ -39,6 +43,36 @@ func (m *Machine) Start(cmd *exec.Cmd) error {
 	}
 	if err := spawn(cmd); err != nil {
 		return fmt.Errorf("cannot start %s: %w", cmd.Path, err)
+	}
+	return nil
+}
+
+// Freeze stops a child (SIGSTOP) and returns when no thread of it runs any more. One that ends instead is an error.
+func Freeze(child *os.Process) error {
+	if err := child.Signal(syscall.SIGSTOP); err != nil {
+		return err
+	}
+	for {
+		var info unix.Siginfo
+		// WNOWAIT: its end is for whoever waits for it to see.
+		err := unix.Waitid(unix.P_PID, child.Pid, &info, unix.WSTOPPED|unix.WEXITED|unix.WNOWAIT, nil)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case errors.Is(err, unix.ECHILD) || err == nil && info.Code != cldStopped:
+			return os.ErrProcessDone
+		default:
+			return err
+		}
+	}
+}
+
+// cldStopped is CLD_STOPPED of sigaction(2).
+const cldStopped = 5
+
+// Thaw lets a child go on that Freeze has stopped; one that has ended is no error.
+func Thaw(child *os.Process) error {
+	if err := child.Signal(syscall.SIGCONT); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
 	}
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"syscall"
+	"time"
 )
 
 // AgentPort is the vsock port of the host (CID 2) that the guest's agent dials under cloud-hypervisor.
@@ -83,6 +84,10 @@ type VMM interface {
 	Start(ctx context.Context, m *Machine) (Instance, error)
 }
 
+// PauseLimit is how long a VMM may take to pause its machine in order. It takes milliseconds; whoever pulls a brake waits no longer
+// for what may be in the guest's hands.
+const PauseLimit = 5 * time.Second
+
 // Instance is a running machine. It is used once: after Wait returned, Close is all that is left to do.
 type Instance interface {
 	// PID is the VMM's process.
@@ -92,7 +97,14 @@ type Instance interface {
 	Events() <-chan Event
 	// PowerButton presses the machine's power button; what comes of it is up to the guest.
 	PowerButton(ctx context.Context) error
-	// Stop asks the VMM to end at once, whatever the guest does.
+	// Pause stops the machine until Resume: first the guest's processors and devices, by the VMM, so that the guest's own
+	// clocks stand still; then the VMM's process (SIGSTOP), so that a guest which has broken out into it stands still
+	// too. A VMM that does not answer within PauseLimit is stopped all the same. One that is paused already is no error.
+	Pause(ctx context.Context) error
+	// Resume lets a paused machine go on where it was; its clock is behind by the time of the pause. One that isn't paused
+	// is no error.
+	Resume(ctx context.Context) error
+	// Stop asks the VMM to end at once, whatever the guest does, paused or not.
 	Stop(ctx context.Context) error
 	// Kill kills the process; no error when it has ended already.
 	Kill() error

@@ -17,12 +17,25 @@ import (
 type agentLink struct {
 	mu     sync.Mutex
 	client *agent.Client
+	paused bool // the VM stands still
 }
 
 func (a *agentLink) set(c *agent.Client) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.client = c
+}
+
+func (a *agentLink) pause(paused bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.paused = paused
+}
+
+func (a *agentLink) isPaused() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.paused
 }
 
 // get returns nil as long as the guest has not connected.
@@ -179,6 +192,10 @@ func (g *gate) serveExec(ctx context.Context) error {
 	srv := &http.Server{
 		ReadHeaderTimeout: execHeaderTimeout,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if g.agent.isPaused() {
+				http.Error(w, fmt.Sprintf("VM %s is paused; clawvm resume %s lets it go on", g.VM, g.VM), http.StatusConflict)
+				return
+			}
 			client := g.agent.get()
 			if client == nil {
 				http.Error(w, "the guest's agent is not there yet", http.StatusServiceUnavailable)
@@ -210,20 +227,43 @@ func (g *gate) obey(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if m.Kind != Shutdown {
-			continue
+		switch m.Kind {
+		case Shutdown:
+			g.shutDown(ctx, time.Duration(m.Grace)*time.Millisecond)
+		case Paused:
+			g.agent.pause(true)
+		case Resumed:
+			g.agent.pause(false)
+			go g.setClock(ctx)
 		}
-		client := g.agent.get()
-		if client == nil {
-			continue // the supervisor goes on to the power button
-		}
-		go func() {
-			if err := client.Shutdown(ctx, time.Duration(m.Grace)*time.Millisecond); err != nil && ctx.Err() == nil {
-				err = g.supervisor.Send(Message{Kind: Lost, Detail: "asked to end: " + err.Error()})
-				if err != nil {
-					return // the supervisor is gone, and obey ends
-				}
-			}
-		}()
 	}
+}
+
+// shutDown asks the guest to end. Without an agent the supervisor goes on to the power button.
+func (g *gate) shutDown(ctx context.Context, grace time.Duration) {
+	client := g.agent.get()
+	if client == nil {
+		return
+	}
+	go func() {
+		if err := client.Shutdown(ctx, grace); err != nil && ctx.Err() == nil {
+			// That the supervisor is gone is obey's to see.
+			_ = g.supervisor.Send(Message{Kind: Lost, Detail: "asked to end: " + err.Error()})
+		}
+	}()
+}
+
+// setClock sets the guest's clock after a pause, which is missing from it, and
+// tells the supervisor how that went. A clock that counts instructions is left alone.
+func (g *gate) setClock(ctx context.Context) {
+	done := Message{Kind: ClockSet}
+	if client := g.agent.get(); client == nil {
+		done.Detail = "the guest's agent is not there"
+	} else if !g.InstructionClock {
+		if err := client.SetClock(ctx, time.Now()); err != nil {
+			done.Detail = err.Error()
+		}
+	}
+	// That the supervisor is gone is obey's to see.
+	_ = g.supervisor.Send(done)
 }

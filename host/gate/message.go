@@ -39,11 +39,14 @@ const (
 	WorkloadEnded Kind = "workload-ended" // and is started again, or not: Detail
 	Ending        Kind = "ending"         // the guest is about to end; Detail is one of the End constants
 	Lost          Kind = "lost"           // the agent's connection broke
+	ClockSet      Kind = "clock-set"      // the answer to Resumed; Detail is why the clock could not be set
 )
 
 // What the supervisor says.
 const (
 	Shutdown Kind = "shutdown" // ask the guest to end within Grace
+	Paused   Kind = "paused"   // the VM stands still: nobody can be let in
+	Resumed  Kind = "resumed"  // it goes on: set its clock
 )
 
 // Why a guest ends, as Ending's Detail.

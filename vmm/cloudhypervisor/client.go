@@ -85,6 +85,14 @@ func (c *client) powerButton(ctx context.Context) error {
 	return c.do(ctx, callLimit, http.MethodPut, "vm.power-button", nil, nil)
 }
 
+func (c *client) pause(ctx context.Context) error {
+	return c.do(ctx, callLimit, http.MethodPut, "vm.pause", nil, nil)
+}
+
+func (c *client) resume(ctx context.Context) error {
+	return c.do(ctx, callLimit, http.MethodPut, "vm.resume", nil, nil)
+}
+
 // shutdown ends the VMM and with it the machine.
 func (c *client) shutdown(ctx context.Context) error {
 	return c.do(ctx, stopLimit, http.MethodPut, "vmm.shutdown", nil, nil)
@@ -92,8 +100,11 @@ func (c *client) shutdown(ctx context.Context) error {
 
 // vmInfo is the part of vm.info's answer that anything depends on.
 type vmInfo struct {
-	State string `json:"state"` // "Created", "Running", …
+	State string `json:"state"` // stateRunning, "Paused", "Created", …
 }
+
+// stateRunning is the state of a machine that has booted and isn't paused.
+const stateRunning = "Running"
 
 func (c *client) info(ctx context.Context) (i vmInfo, err error) {
 	return i, c.do(ctx, callLimit, http.MethodGet, "vm.info", nil, &i)

@@ -422,6 +422,61 @@ func TestInsideStop(t *testing.T) {
 	}
 }
 
+// A guest that says the time ten times a second falls silent when its machine is paused, and goes on after.
+func TestInsidePause(t *testing.T) {
+	r := newRig(t)
+	r.tap(t, insideUID)
+	r.share(t)
+	t.Cleanup(func() { os.Remove(filepath.Join(r.Dir, "share.sock")) })
+	u := r.start(t)
+	u.tell(t, "tick")
+	ticks := make(chan string)
+	go func() {
+		defer close(ticks)
+		for lines := bufio.NewScanner(u.agent); lines.Scan(); {
+			ticks <- lines.Text()
+		}
+	}()
+	next := func(limit time.Duration) bool {
+		select {
+		case _, ok := <-ticks:
+			return ok
+		case <-time.After(limit):
+			return false
+		}
+	}
+	for round := range 3 {
+		if !next(bootWait) {
+			t.Fatalf("round %d: no tick before the pause", round)
+		}
+		if err := errors.Join(u.Pause(t.Context()), u.Pause(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		for next(2 * time.Second) { // those on their way
+			continue
+		}
+		if next(3 * time.Second) {
+			t.Errorf("round %d: the guest goes on", round)
+		}
+		if state := processState(t, u.PID()); state != "T" {
+			t.Errorf("round %d: the VMM's process is in state %s, not stopped", round, state)
+		}
+		if err := errors.Join(u.Resume(t.Context()), u.Resume(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !next(bootWait) {
+		t.Fatal("no tick after the pause")
+	}
+	if err := u.Pause(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := u.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	u.ends(t, vmm.ExitKilled, vmm.Booted)
+}
+
 func TestInsidePowerButton(t *testing.T) {
 	u := newRig(t).start(t)
 	u.tell(t, "wait")
@@ -497,4 +552,15 @@ func TestInsideStartGivesUpWithItsContext(t *testing.T) {
 	if took := time.Since(began); took > 20*time.Second {
 		t.Errorf("it took %s", took)
 	}
+}
+
+// processState is a process's state as /proc/PID/stat has it: the field after the name in brackets.
+func processState(t *testing.T, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), ") ")
+	return rest[:1]
 }

@@ -37,6 +37,9 @@ type instance struct {
 	end   context.CancelFunc
 	exit  vmm.Exit
 
+	pausing sync.Mutex // held while the machine is paused or resumed
+	paused  bool       // the process is stopped
+
 	mu     sync.Mutex
 	ending ending
 	panics *time.Timer
@@ -65,10 +68,64 @@ func (i *instance) PowerButton(ctx context.Context) error {
 	return nil
 }
 
+// Pause stops the vCPUs and the devices' threads, and then the process.
+func (i *instance) Pause(ctx context.Context) error {
+	i.pausing.Lock()
+	defer i.pausing.Unlock()
+	if i.paused {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, vmm.PauseLimit)
+	defer cancel()
+	if err := i.api.pause(ctx); err != nil {
+		i.log(fmt.Errorf("%w; cloud-hypervisor is stopped as it is", err))
+	}
+	if err := vmm.Freeze(i.cmd.Process); err != nil {
+		return fmt.Errorf("cannot stop cloud-hypervisor (process %d) of %s: %w", i.PID(), i.machine.Name, err)
+	}
+	i.paused = true
+	return nil
+}
+
+// Resume lets the process go on, and the machine in it.
+func (i *instance) Resume(ctx context.Context) error {
+	i.pausing.Lock()
+	defer i.pausing.Unlock()
+	if !i.paused {
+		return nil
+	}
+	err := i.wake()
+	if err == nil {
+		var now vmInfo
+		// It refuses to resume what runs, as it does when it could not be paused in order.
+		if now, err = i.api.info(ctx); err == nil && now.State != stateRunning {
+			err = i.api.resume(ctx)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("cannot resume %s: %w", i.machine.Name, err)
+	}
+	return nil
+}
+
+// wake lets the process go on; its machine stays paused.
+func (i *instance) wake() error {
+	if err := vmm.Thaw(i.cmd.Process); err != nil {
+		return fmt.Errorf("cannot let cloud-hypervisor (process %d) go on: %w", i.PID(), err)
+	}
+	i.paused = false
+	return nil
+}
+
 // Stop asks the process to end in order: disks are flushed, the guest isn't asked. Wait tells when it has.
 func (i *instance) Stop(ctx context.Context) error {
 	i.mark(func(e *ending) { e.asked = true })
-	err := i.api.shutdown(ctx)
+	i.pausing.Lock()
+	err := i.wake()
+	i.pausing.Unlock()
+	if err == nil {
+		err = i.api.shutdown(ctx)
+	}
 	if err == nil || i.ended.Err() != nil {
 		return nil
 	}
@@ -179,7 +236,7 @@ func (i *instance) mayBeOff() {
 	}
 	ctx, cancel := context.WithCancel(i.ended)
 	defer cancel()
-	if info, err := i.api.info(ctx); err != nil || info.State == "Running" {
+	if info, err := i.api.info(ctx); err != nil || info.State == stateRunning {
 		return
 	}
 	i.mark(func(end *ending) { end.poweredOff = !end.asked })

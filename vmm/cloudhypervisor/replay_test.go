@@ -57,8 +57,15 @@ func TestClientReadsWhatWasRecorded(t *testing.T) {
 	refusal := func(status int, call string, chain ...string) *APIError { return &APIError{call, status, chain} }
 	notBoot := []string{"Error from API", "The VM could not boot"}
 	for name, want := range map[string][]*APIError{
-		"poweroff":      {ok, ok, ok, ok},
-		"stop":          {ok, ok, ok, ok, ok, ok},
+		"poweroff": {ok, ok, ok, ok},
+		"stop":     {ok, ok, ok, ok, ok, ok},
+		"pause": {
+			ok, ok, ok, ok, ok, ok,
+			refusal(500, "vm.pause", "Error from API", "The VM could not be paused", "Cannot pause VM", "Failed to pause migratable component", "Invalid transition: InvalidStateTransition(Paused, Paused)"),
+			ok, ok,
+			refusal(500, "vm.resume", "Error from API", "The VM could not resume", "Cannot resume VM", "Failed to resume migratable component", "Invalid transition: InvalidStateTransition(Running, Running)"),
+			ok, ok,
+		},
 		"full":          {ok, ok, ok},
 		"no-kernel":     {ok, ok, refusal(500, "vm.boot", append(notBoot[:2:2], "Cannot open kernel file", "No such file or directory (os error 2)")...)},
 		"no-disk":       {ok, ok, refusal(500, "vm.boot", append(notBoot[:2:2], "Error from device manager", "Cannot open disk path", "I/O error (path=/no/disk op=open)", "No such file or directory (os error 2)")...)},
@@ -258,6 +265,60 @@ func TestInstanceStops(t *testing.T) {
 	}
 	if err := i.Stop(t.Context()); err != nil {
 		t.Errorf("stopping it again: %v", err)
+	}
+}
+
+// The exchanges of the recording "pause".
+const (
+	pauseTaken    = 4
+	infoPaused    = 5
+	pauseRefused  = 6
+	resumeTaken   = 7
+	infoRunning   = 8
+	shutdownTaken = 11
+)
+
+func TestInstancePauses(t *testing.T) {
+	for _, c := range []struct {
+		name          string
+		pause, resume []int  // the exchanges that these make
+		resumed       string // the error's words
+	}{
+		{"in order", []int{pauseTaken}, []int{infoPaused, resumeTaken}, ""},
+		{"refused", []int{pauseRefused}, []int{infoRunning}, ""},
+		{"refused to resume", []int{pauseTaken}, []int{infoPaused, 9}, "cannot resume recorded: cloud-hypervisor refused vm.resume"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			r := loadRecording(t, "pause")
+			all := r.Exchanges
+			r.Exchanges = append([]exchange(nil), all[:3]...)
+			for _, n := range append(append(c.pause, c.resume...), pauseTaken, shutdownTaken) {
+				r.Exchanges = append(r.Exchanges, all[n])
+			}
+			i, err := startDouble(t, &double{Recording: r})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(i.Pause(t.Context()), i.Pause(t.Context())); err != nil {
+				t.Error(err)
+			}
+			if state := processState(t, i.PID()); state != "T" {
+				t.Errorf("the process is in state %s, not stopped", state)
+			}
+			err = i.Resume(t.Context())
+			if c.resumed == "" && err != nil || c.resumed != "" && (err == nil || !strings.Contains(err.Error(), c.resumed)) {
+				t.Errorf("got %v; want %q", err, c.resumed)
+			}
+			if err := i.Resume(t.Context()); err != nil {
+				t.Errorf("resuming what isn't paused: %v", err)
+			}
+			if err := errors.Join(i.Pause(t.Context()), i.Stop(t.Context())); err != nil {
+				t.Error(err)
+			}
+			if got := i.Wait(); got.Reason != vmm.ExitKilled || got.Code != 0 {
+				t.Errorf("got %+v", got)
+			}
+		})
 	}
 }
 

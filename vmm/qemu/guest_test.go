@@ -694,3 +694,75 @@ func TestGuestRefused(t *testing.T) {
 		}
 	})
 }
+
+// TestGuestPause pauses a guest that says something ten times a second, and has disks and a share.
+func TestGuestPause(t *testing.T) {
+	b := boot(t)
+	d := dir(t)
+	g := run(t, b, func(m *vmm.Machine) { m.Shares = share(t, d) })
+	g.tell("tick")
+	ticks := make(chan struct{})
+	go func() {
+		defer close(ticks)
+		for {
+			if _, err := g.lines.ReadString('\n'); err != nil {
+				return
+			}
+			ticks <- struct{}{}
+		}
+	}()
+	next := func(limit time.Duration) bool {
+		select {
+		case _, ok := <-ticks:
+			return ok
+		case <-time.After(limit):
+			return false
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), guestLimit)
+	defer cancel()
+	for round := range 2 {
+		if !next(guestLimit) {
+			t.Fatalf("round %d: no tick before the pause", round)
+		}
+		if err := errors.Join(g.Pause(ctx), g.Pause(ctx)); err != nil {
+			t.Fatal(err)
+		}
+		for next(500 * time.Millisecond) { // those on their way
+			continue
+		}
+		if next(2 * time.Second) {
+			t.Errorf("round %d: the guest goes on", round)
+		}
+		if state := processState(t, g.PID()); state != "T" {
+			t.Errorf("round %d: the VMM's process is in state %s, not stopped", round, state)
+		}
+		if err := errors.Join(g.Resume(ctx), g.Resume(ctx)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !next(guestLimit) {
+		t.Fatal("no tick after the pause")
+	}
+	if err := g.Pause(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for next(guestLimit) {
+		continue
+	}
+	g.ends(vmm.ExitKilled)
+}
+
+// processState is a process's state as /proc/PID/stat has it: the field after the name in brackets.
+func processState(t *testing.T, pid int) string {
+	t.Helper()
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), ") ")
+	return rest[:1]
+}

@@ -249,6 +249,9 @@ type instance struct {
 	tail *vmm.Tail
 	qmp  *qmp
 
+	pausing sync.Mutex // held while the machine is paused or resumed
+	paused  bool       // the process is stopped
+
 	exited chan struct{} // closed when the process is reaped
 	ended  chan struct{} // closed when exit is known
 
@@ -331,10 +334,58 @@ func (i *instance) PowerButton(ctx context.Context) error {
 	return err
 }
 
+// Pause runs QMP's stop, after which no vCPU executes and no device takes anything from its queues, and stops the process.
+func (i *instance) Pause(ctx context.Context) error {
+	i.pausing.Lock()
+	defer i.pausing.Unlock()
+	if i.paused {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, vmm.PauseLimit)
+	defer cancel()
+	if _, err := i.qmp.do(ctx, "stop"); err != nil {
+		fmt.Fprintf(i.tail, "clawvm: %v; QEMU is stopped as it is\n", err)
+	}
+	if err := vmm.Freeze(i.cmd.Process); err != nil {
+		return fmt.Errorf("cannot stop qemu: %w", err)
+	}
+	i.paused = true
+	return nil
+}
+
+// Resume lets the process go on, and runs QMP's cont, which QEMU takes for a machine that runs, too.
+func (i *instance) Resume(ctx context.Context) error {
+	i.pausing.Lock()
+	defer i.pausing.Unlock()
+	if !i.paused {
+		return nil
+	}
+	if err := i.wake(); err != nil {
+		return err
+	}
+	_, err := i.qmp.do(ctx, "cont")
+	return err
+}
+
+// wake lets the process go on; its machine stays paused.
+func (i *instance) wake() error {
+	if err := vmm.Thaw(i.cmd.Process); err != nil {
+		return fmt.Errorf("cannot let qemu go on: %w", err)
+	}
+	i.paused = false
+	return nil
+}
+
 // Stop asks QEMU to quit. That it is gone before it answered is no error.
 func (i *instance) Stop(ctx context.Context) error {
 	i.ask()
-	_, err := i.qmp.do(ctx, "quit")
+	i.pausing.Lock()
+	err := i.wake()
+	i.pausing.Unlock()
+	if err != nil {
+		return err
+	}
+	_, err = i.qmp.do(ctx, "quit")
 	if errors.Is(err, errQMPClosed) || errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
 		return nil
 	}

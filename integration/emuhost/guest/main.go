@@ -1,5 +1,5 @@
 // Command guest is the init of the small guests that the VMMs' tests boot: it looks what machine it is in, tells
-// the host over vsock, one line a fact, and does what the host answers: poweroff, reboot, panic or wait. It powers off
+// the host over vsock, one line a fact, and does what the host answers: poweroff, reboot, panic, tick or wait. It powers off
 // when the power button is pressed.
 package main
 
@@ -81,6 +81,13 @@ func run() error {
 		end(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	case "reboot":
 		end(unix.LINUX_REBOOT_CMD_RESTART)
+	case "tick":
+		for n := 0; ; n++ {
+			if _, err := fmt.Fprintln(host, n); err != nil {
+				return err
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
 	case "panic":
 		return os.WriteFile("/proc/sysrq-trigger", []byte("c"), 0)
 	}

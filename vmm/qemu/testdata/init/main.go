@@ -147,6 +147,13 @@ func obey(command, arg string, in io.Reader, out io.Writer) (string, error) {
 		return "written", os.WriteFile("/dev/"+arg, []byte("written by the guest"), 0)
 	case "button":
 		return awaitButton(out)
+	case "tick": // without an end
+		for n := 0; ; n++ {
+			if _, err := fmt.Fprintln(out, n); err != nil {
+				return "", err
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
 	case "poweroff":
 		return "", unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	case "reboot":

@@ -1,0 +1,106 @@
+package world
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// Processes are the VM's, by kind.
+func (w *World) Processes(t testing.TB, vm string) map[string][]int {
+	t.Helper()
+	found := map[string][]int{}
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range dirs {
+		var pid int
+		fmt.Sscan(filepath.Base(d), &pid)
+		raw, err := os.ReadFile(d + "/cmdline")
+		if err != nil || len(raw) == 0 {
+			continue // gone, or a zombie
+		}
+		args := strings.Split(strings.TrimRight(string(raw), "\x00"), "\x00")
+		env, err := os.ReadFile(d + "/environ")
+		if err != nil {
+			continue
+		}
+		ours := strings.Contains(string(env), ":"+vm+"\x00") && strings.Contains(string(env), "CLAWVM_MARK=")
+		switch {
+		case filepath.Base(args[0]) == "clawvm" && slices.Contains(args, "run") && args[len(args)-1] == vm:
+			found["supervisor"] = append(found["supervisor"], pid)
+		case !ours:
+		case args[len(args)-1] == "gate":
+			found["gate"] = append(found["gate"], pid)
+		case strings.Contains(args[0], "virtiofsd"):
+			found["virtiofsd"] = append(found["virtiofsd"], pid)
+		case strings.Contains(args[0], "qemu") || strings.Contains(args[0], "cloud-hypervisor"):
+			found["vmm"] = append(found["vmm"], pid)
+		default:
+			found["other"] = append(found["other"], pid)
+		}
+	}
+	return found
+}
+
+// Snapshot is what the host has, by kind, in words that stay the same as long as
+// the things do.
+func (w *World) Snapshot(t testing.TB) map[string][]string {
+	t.Helper()
+	run := func(argv ...string) []string {
+		out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput()
+		if err != nil {
+			t.Fatalf("%v: %v\n%s", argv, err, out)
+		}
+		return strings.Split(strings.TrimSpace(string(out)), "\n")
+	}
+	shot := map[string][]string{
+		"links":      run("ip", "-br", "link"),
+		"addresses":  run("ip", "-br", "addr"),
+		"neighbours": run("ip", "neigh", "show", "nud", "permanent"),
+		"rules":      run("nft", "list", "ruleset"),
+		"policy":     run("ip", "rule"),
+		"listeners":  run("sh", "-c", "ss -tulnH | awk '{print $1, $5}' | sort"),
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shot["mounts"] = strings.Split(strings.TrimSpace(string(mounts)), "\n")
+	for _, dir := range []string{"run", "var/lib/clawvm/vms", "var/lib/clawvm/leases"} {
+		err := filepath.WalkDir(filepath.Join(w.Root, dir), func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			shot["files"] = append(shot["files"], d.Type().String()+" "+path)
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return shot
+}
+
+// Compare fails the test for each difference between two snapshots.
+func (w *World) Compare(t testing.TB, want, got map[string][]string) {
+	t.Helper()
+	for kind := range want {
+		for _, line := range got[kind] {
+			if !slices.Contains(want[kind], line) {
+				t.Errorf("%s: left behind: %s", kind, line)
+			}
+		}
+		for _, line := range want[kind] {
+			if !slices.Contains(got[kind], line) {
+				t.Errorf("%s: missing: %s", kind, line)
+			}
+		}
+	}
+}

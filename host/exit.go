@@ -19,6 +19,7 @@ const (
 	ExitUsage       = 2   // the command line is wrong
 	ExitNotRunning  = 3   // the VM is down (systemctl status says it so)
 	ExitNoSuchVM    = 4   // nothing declares the VM (as systemctl status)
+	ExitWarnings    = 10  // doctor found nothing worse than warnings
 	ExitNoPerm      = 77  // not root (EX_NOPERM)
 	ExitDeclaration = 78  // the declaration, or what it names, is wrong: starting again does not help (EX_CONFIG)
 	ExitTimeout     = 124 // not ready in time (as timeout(1))

@@ -36,6 +36,35 @@ type Layout struct {
 // root's id when there is none. A root whose sockets would be longer than the
 // kernel allows is refused.
 func OpenLayout(root string) (Layout, error) {
+	l, err := layoutBelow(root)
+	if err != nil {
+		return l, err
+	}
+	if err := l.makeSkeleton(); err != nil {
+		return Layout{}, fmt.Errorf("cannot use root %s: %w", l.Root, err)
+	}
+	if l.ID, err = ensureID(l.rootID()); err != nil {
+		return Layout{}, fmt.Errorf("cannot use root %s: %w", l.Root, err)
+	}
+	return l, nil
+}
+
+// LookLayout is OpenLayout for who changes nothing and needn't be root. The id
+// is empty where the root has none yet, or where it can't be read.
+func LookLayout(root string) (Layout, error) {
+	l, err := layoutBelow(root)
+	if err != nil {
+		return l, err
+	}
+	l.ID, err = readID(l.rootID())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) {
+		return Layout{}, fmt.Errorf("cannot use root %s: %w", l.Root, err)
+	}
+	return l, nil
+}
+
+// layoutBelow is the layout of root without its id.
+func layoutBelow(root string) (Layout, error) {
 	abs, err := filepath.Abs(root)
 	if err != nil {
 		return Layout{}, fmt.Errorf("cannot use root %s: %w", root, err)
@@ -45,14 +74,10 @@ func OpenLayout(root string) (Layout, error) {
 		return Layout{}, coded(ExitUsage, fmt.Errorf("cannot use root %s: the sockets below it would have paths of up to %d bytes, and the kernel allows %d; choose one that is %d bytes shorter",
 			abs, n, sunPathMax, n-sunPathMax))
 	}
-	if err := l.makeSkeleton(); err != nil {
-		return Layout{}, fmt.Errorf("cannot use root %s: %w", abs, err)
-	}
-	if l.ID, err = ensureID(l.path("/var/lib/clawvm/root-id")); err != nil {
-		return Layout{}, fmt.Errorf("cannot use root %s: %w", abs, err)
-	}
 	return l, nil
 }
+
+func (l Layout) rootID() string { return l.path("/var/lib/clawvm/root-id") }
 
 // makeSkeleton makes the directories that VMs' uids pass through, whatever the
 // umask of who makes them first. Those that are there are left alone.
@@ -75,18 +100,7 @@ func (l Layout) makeSkeleton() error {
 // ensureID reads the id in file, or makes one. Of two that make it at the same
 // time one wins, and both return the winner's.
 func ensureID(file string) (string, error) {
-	read := func() (string, error) {
-		b, err := os.ReadFile(file)
-		if err != nil {
-			return "", err
-		}
-		id := strings.TrimSpace(string(b))
-		if raw, err := hex.DecodeString(id); err != nil || len(raw) != 4 {
-			return "", fmt.Errorf("%s does not hold eight hexadecimal digits; restore it, or remove it when no VM of this root runs", file)
-		}
-		return id, nil
-	}
-	id, err := read()
+	id, err := readID(file)
 	if !errors.Is(err, fs.ErrNotExist) {
 		return id, err
 	}
@@ -103,7 +117,19 @@ func ensureID(file string) (string, error) {
 	if err := durable.Link(tmp, file); err != nil && !errors.Is(err, fs.ErrExist) {
 		return "", err
 	}
-	return read()
+	return readID(file)
+}
+
+func readID(file string) (string, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	id := strings.TrimSpace(string(b))
+	if raw, err := hex.DecodeString(id); err != nil || len(raw) != 4 {
+		return "", fmt.Errorf("%s does not hold eight hexadecimal digits; restore it, or remove it when no VM of this root runs", file)
+	}
+	return id, nil
 }
 
 func (l Layout) path(p string) string { return filepath.Join(l.Root, p) }

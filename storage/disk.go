@@ -78,8 +78,7 @@ func EnsureDisk(ctx context.Context, d Disk) (created bool, err error) {
 			return false, err
 		}
 		if info.Size() != d.Size {
-			return false, fmt.Errorf("the disk %s %w: it has %s, declared are %s; declare the size that it has, or remove the disk with all that is on it",
-				d.Path, ErrDiskSize, exactSize(info.Size()), exactSize(d.Size))
+			return false, wrongSize(d, info.Size())
 		}
 		return false, nil
 	}
@@ -93,6 +92,11 @@ func EnsureDisk(ctx context.Context, d Disk) (created bool, err error) {
 		return false, fmt.Errorf("cannot make the disk %s: %w", d.Path, err)
 	}
 	return true, nil
+}
+
+func wrongSize(d Disk, has int64) error {
+	return fmt.Errorf("the disk %s %w: it has %s, declared are %s; declare the size that it has, or remove the disk with all that is on it",
+		d.Path, ErrDiskSize, exactSize(has), exactSize(d.Size))
 }
 
 // exactSize shows a size in the unit that loses nothing.

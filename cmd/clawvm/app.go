@@ -88,7 +88,7 @@ func newApp() *cli.App {
 			lsCommand(), statusCommand(), logsCommand(), netCommand(),
 			execCommand(), shellCommand(),
 			imageCommand(), kernelCommand(), secretCommand(), configCommand(),
-			gcCommand(), runCommand(),
+			doctorCommand(), gcCommand(), runCommand(),
 		},
 		// Kept apart, because exec has a flag of the same name.
 		Before: func(c *cli.Context) error {
@@ -164,12 +164,14 @@ func allCommands(list []*cli.Command) []*cli.Command {
 func jsonFlag() cli.Flag { return &cli.BoolFlag{Name: "json", Usage: "print JSON"} }
 
 // layout opens the root that the command works on.
-func layout(c *cli.Context) (host.Layout, error) {
-	root, ok := c.App.Metadata[rootKey].(string)
-	if !ok {
-		root = "/"
+func layout(c *cli.Context) (host.Layout, error) { return host.OpenLayout(rootOf(c)) }
+
+// rootOf is the root that the command works on.
+func rootOf(c *cli.Context) string {
+	if root, ok := c.App.Metadata[rootKey].(string); ok {
+		return root
 	}
-	return host.OpenLayout(root)
+	return "/"
 }
 
 // rootKey is where the app keeps --root.
@@ -240,6 +242,14 @@ func self(l host.Layout) string {
 		words = append(words, "--root", shellQuote(l.Root))
 	}
 	return strings.Join(words, " ")
+}
+
+// ownCommand is a command of this program in a text, at its beginning or after a space, a parenthesis or a quote.
+var ownCommand = regexp.MustCompile("(^|[ (`])clawvm ([a-z])")
+
+// pasteable is a text whose commands of this program are as the user would have to type them.
+func pasteable(l host.Layout, text string) string {
+	return ownCommand.ReplaceAllString(text, "${1}"+strings.ReplaceAll(self(l), "$", "$$")+" ${2}")
 }
 
 // shellQuote is word as a POSIX shell reads it back.

@@ -33,6 +33,16 @@ type Status struct {
 	Kernel   string    `json:"kernel,omitempty"`
 	Reboots  int       `json:"reboots,omitempty"`  // by the guest, since the supervisor started
 	Restarts int       `json:"restarts,omitempty"` // of the workload, by the guest's init
+	// VMRestarts is how often the supervisor started the VM again, by its policy.
+	VMRestarts int `json:"vmRestarts,omitempty"`
+	// Since is since when the workload is ready without a break; zero when it isn't.
+	Since time.Time `json:"since,omitzero"`
+	// Again is when the VM is started again, of one that is Restarting.
+	Again time.Time `json:"again,omitzero"`
+	// Previous is how the life before this one ended.
+	Previous *End `json:"previous,omitempty"`
+	// Faults are the last ones of VM and workload since the supervisor started.
+	Faults []Fault `json:"faults,omitempty"`
 	// Workload is how the workload ended last.
 	Workload string `json:"workload,omitempty"`
 	// Lost is why the guest's agent can't be reached any more; the guest may live on.
@@ -43,20 +53,22 @@ type Status struct {
 // State is where a VM is in its life.
 //
 //	stopped → starting → ready → stopping → stopped
-//	              │       │ ↑↓
-//	              │       │ paused
-//	              └───────┴──→ failed
+//	           ↑  │       │ ↑↓
+//	           │  │       │ paused
+//	           │  └───────┴──→ failed
+//	           └ restarting ┘
 type State string
 
-// The states. A supervisor says all but the first and the last; those are derived
-// where there is none.
+// The states. Stopped and Failed are derived where there is no supervisor, which
+// says the others.
 const (
-	Stopped  State = "stopped"
-	Starting State = "starting"
-	Running  State = "ready"
-	Paused   State = "paused"
-	Stopping State = "stopping"
-	Failed   State = "failed"
+	Stopped    State = "stopped"
+	Starting   State = "starting"
+	Running    State = "ready"
+	Paused     State = "paused"
+	Stopping   State = "stopping"
+	Restarting State = "restarting" // between two lives
+	Failed     State = "failed"
 )
 
 // control is the supervisor's socket: HTTP, for root only.
@@ -162,8 +174,8 @@ func (s *Supervisor) serveProgress(w http.ResponseWriter, r *http.Request) {
 	enc := json.NewEncoder(w)
 	flush := http.NewResponseController(w)
 	for n := 0; ; {
-		events, more := s.journal.from(n)
-		n += len(events)
+		events, next, more := s.journal.from(n)
+		n = next
 		for _, e := range events {
 			if enc.Encode(e) != nil || e.Last() && flush.Flush() == nil {
 				return

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os/exec"
 	"time"
 
 	"github.com/clawvm/clawvm/host/gate"
@@ -42,31 +43,76 @@ func (l *life) lostShare() <-chan error {
 	return ch
 }
 
-// awaitEnd waits for whatever ends the VM first.
-func (l *life) awaitEnd(ctx context.Context) (ending, error) {
-	gone, lost := exited(l.instance), l.lostShare()
+// happening is what ended a wait.
+type happening int
+
+const (
+	asked     happening = iota + 1 // the context ended
+	late                           // the limit is over
+	vmmGone                        // the VMM ended
+	shareGone                      // a virtiofsd ended, and the VMM did not with it
+	gateGone                       // the gate ended
+	told                           // until was told what it waits for
+)
+
+// watch is what a wait heeds beside the gate's messages.
+type watch struct {
+	vmm   bool                    // the VMM's end
+	parts bool                    // those of gate and virtiofsd
+	asks  bool                    // requests are done: the VM is ready
+	limit time.Duration           // 0: none
+	until func(gate.Message) bool // nil: no message ends the wait
+}
+
+// wait takes note of what the gate says until something of w happens. An error
+// explains the end of a virtiofsd.
+func (l *life) wait(ctx context.Context, w watch) (happening, error) {
+	if l.gone == nil {
+		l.gone, l.lost = exited(l.instance), l.lostShare()
+	}
+	var gone, gateEnded <-chan struct{}
+	var lost <-chan error
+	var limit <-chan time.Time
+	var requests <-chan request
+	if w.vmm {
+		gone = l.gone
+	}
+	if w.parts {
+		lost, gateEnded = l.lost, l.gate.ended
+	}
+	if w.asks {
+		requests = l.requests
+	}
+	if w.limit > 0 {
+		limit = after(w.limit)
+	}
 	for {
 		select {
 		case <-ctx.Done():
-			return endedByOwner, context.Cause(ctx)
+			return asked, nil
+		case <-limit:
+			return late, nil
 		case <-gone:
-			return l.howItEnded()
+			return vmmGone, nil
 		case err := <-lost:
 			// virtiofsd ends when its client does: only then it is no fault.
-			if l.endsSoon(gone) {
-				return l.howItEnded()
+			if l.endsBy(err) {
+				return vmmGone, nil
 			}
-			return 0, fmt.Errorf("VM %s: the server of a share ended, and the guest cannot go on without: %w", l.name, err)
-		case r := <-l.requests:
+			return shareGone, err
+		case r := <-requests:
 			r.done <- r.do(l)
-		case <-l.gate.ended:
-			return 0, fmt.Errorf("VM %s: the gate ended: %w; see %s", l.name, l.gate.why(), l.paths.Log+"/gate.log")
+		case <-gateEnded:
+			return gateGone, nil
 		case m, ok := <-l.gate.messages:
 			if !ok {
 				l.gate.messages = nil
 				continue
 			}
 			l.heed(m)
+			if w.until != nil && w.until(m) {
+				return told, nil
+			}
 		}
 	}
 }
@@ -74,24 +120,50 @@ func (l *life) awaitEnd(ctx context.Context) (ending, error) {
 // endTogether is how far apart the ends of a VMM and its virtiofsd may be seen.
 const endTogether = 2 * time.Second
 
-func (l *life) endsSoon(gone <-chan struct{}) bool {
+// endsBy says whether the VMM ended as well, and a virtiofsd that ended with err
+// only followed it. One that was killed, or broke, may take the VMM along.
+func (l *life) endsBy(err error) bool {
 	select {
-	case <-gone:
-		return true
+	case <-l.gone:
+		broke := new(exec.ExitError)
+		return !errors.As(err, &broke) || l.instance.Wait().Reason != vmm.ExitFailed
 	case <-after(endTogether):
 		return false
 	}
+}
+
+// awaitEnd waits for whatever ends a VM that is ready, and says how it ended.
+func (l *life) awaitEnd(ctx context.Context) (EndKind, error) {
+	what, err := l.wait(ctx, watch{vmm: true, parts: true, asks: true})
+	switch what {
+	case asked:
+		return EndByOwner, nil
+	case vmmGone:
+		return l.howItEnded()
+	}
+	err = l.partGone(what, err)
+	return kindOf(err), fmt.Errorf("VM %s: %w", l.name, err)
+}
+
+// partGone is the error of a part without which the guest can't go on.
+func (l *life) partGone(what happening, err error) error {
+	if what == shareGone {
+		return ended(EndShare, fmt.Errorf("the server of a share ended, and the guest cannot go on without: %w", err))
+	}
+	return ended(EndGate, fmt.Errorf("the gate ended: %w; see %s", l.gate.why(), l.paths.Log+"/gate.log"))
 }
 
 // heed takes note of what the gate tells of a running guest.
 func (l *life) heed(m gate.Message) {
 	switch m.Kind {
 	case gate.WorkloadEnded:
+		l.workload = &m
 		l.logf("the workload ended: %s", m.Detail)
 		l.update(func(st *Status) {
-			st.Workload = m.Detail
+			st.Workload, st.Since = m.Detail, time.Time{}
 			if m.Again {
 				st.Restarts++
+				st.Faults = addFault(st.Faults, Fault{time.Now().UTC(), workloadEnd(m), "the workload ended: " + m.Detail})
 			}
 		})
 	case gate.Ending:
@@ -104,27 +176,65 @@ func (l *life) heed(m gate.Message) {
 		l.logf("guest: %s", m.Detail)
 	case gate.ClockSet:
 		l.heedClock(m)
-	case gate.Connected, gate.Ready:
+	case gate.Ready:
+		l.update(func(st *Status) { st.Since = time.Now().UTC() })
+	case gate.Connected:
 	default:
 		l.logf("the gate said what is not understood: %q", m.Kind)
 	}
 }
 
+// workloadEnd is the kind of an end of the workload.
+func workloadEnd(m gate.Message) EndKind {
+	switch m.Cause {
+	case gate.CauseMemory:
+		return EndOutOfMemory
+	case gate.CauseHealth:
+		return EndUnhealthy
+	}
+	return EndWorkload
+}
+
 // howItEnded explains the end of a VMM that nobody asked to end.
-func (l *life) howItEnded() (ending, error) {
+func (l *life) howItEnded() (EndKind, error) {
 	l.drain()
 	exit := l.instance.Wait()
-	switch exit.Reason {
-	case vmm.ExitRebooted:
-		return endedByReboot, nil
-	case vmm.ExitPoweredOff:
-		if l.announced != nil && l.announced.Detail == gate.EndWorkload && l.announced.Code != 0 {
-			return 0, coded(l.announced.Code, fmt.Errorf("VM %s: the workload ended with exit code %d; clawvm logs %s shows what it said", l.name, l.announced.Code, l.name))
-		}
-		l.logf("the guest powered off")
-		return endedByGuest, nil
+	kind := exitKind(exit)
+	switch {
+	case kind == EndPowerOff && l.announced != nil && l.announced.Detail == gate.EndWorkload:
+		return l.workloadIsOver()
+	case kind.byGuest():
+		return kind, nil
 	}
-	return 0, fmt.Errorf("VM %s: %s; clawvm logs --console %s shows the end of its console", l.name, exit, l.name)
+	return kind, fmt.Errorf("VM %s: %s; clawvm logs --console %s shows the end of its console", l.name, exit, l.name)
+}
+
+// exitKind is the kind of a VMM's end.
+func exitKind(x vmm.Exit) EndKind {
+	switch x.Reason {
+	case vmm.ExitRebooted:
+		return EndReboot
+	case vmm.ExitPoweredOff:
+		return EndPowerOff
+	case vmm.ExitPanicked:
+		return EndPanic
+	case vmm.ExitKilled:
+		return EndVMMKilled
+	}
+	return EndVMM
+}
+
+// workloadIsOver explains the end of a guest whose workload ended for good.
+func (l *life) workloadIsOver() (EndKind, error) {
+	kind, how := EndWorkload, fmt.Sprintf("exit code %d", l.announced.Code)
+	if l.workload != nil {
+		kind, how = workloadEnd(*l.workload), l.workload.Detail
+	}
+	if l.announced.Code == 0 {
+		l.logf("the workload ended: %s", how)
+		return kind, nil
+	}
+	return kind, coded(l.announced.Code, fmt.Errorf("VM %s: the workload ended: %s; clawvm logs %s shows what it said", l.name, how, l.name))
 }
 
 // endedEarly explains the end of a VMM before its guest was ready.
@@ -133,28 +243,22 @@ func (l *life) endedEarly() error {
 	if l.announced != nil {
 		switch l.announced.Detail {
 		case gate.EndWorkload:
-			return coded(max(l.announced.Code, ExitFailed), fmt.Errorf("the workload ended with exit code %d before it was ready", l.announced.Code))
+			kind, how := EndWorkload, fmt.Sprintf("exit code %d", l.announced.Code)
+			if l.workload != nil {
+				kind, how = workloadEnd(*l.workload), l.workload.Detail
+			}
+			return ended(kind, coded(max(l.announced.Code, ExitFailed), fmt.Errorf("the workload ended before it was ready: %s", how)))
 		case gate.EndFailed:
-			return errors.New("the guest could not be set up; the end of its console says why")
+			return ended(EndGuestSetup, errors.New("the guest could not be set up; the end of its console says why"))
 		}
 	}
-	return fmt.Errorf("the VM ended before it was ready: %s", l.instance.Wait())
+	exit := l.instance.Wait()
+	return ended(exitKind(exit), fmt.Errorf("the VM ended before it was ready: %s", exit))
 }
 
 // drain reads what the gate said before the VMM's end was seen.
 func (l *life) drain() {
-	for {
-		select {
-		case m, ok := <-l.gate.messages:
-			if !ok {
-				l.gate.messages = nil
-				return
-			}
-			l.heed(m)
-		case <-after(drainWait):
-			return
-		}
-	}
+	l.wait(context.Background(), watch{limit: drainWait})
 }
 
 // drainWait is how long after the VMM's end the gate's last word may arrive.
@@ -169,7 +273,6 @@ func (l *life) shutDown(grace time.Duration) error {
 	if l.paused && !l.wakeToEnd(grace) {
 		return nil
 	}
-	gone := exited(l.instance)
 	ctx, cancel := context.WithTimeout(context.Background(), grace+powerButtonWait+vmmStopWait)
 	defer cancel()
 	rungs := []struct {
@@ -192,7 +295,7 @@ func (l *life) shutDown(grace time.Duration) error {
 			l.logf("%s: %v", r.what, err)
 			continue
 		}
-		if l.goneWithin(gone, r.wait) {
+		if what, _ := l.wait(context.Background(), watch{vmm: true, limit: r.wait}); what == vmmGone {
 			return nil
 		}
 	}
@@ -200,55 +303,27 @@ func (l *life) shutDown(grace time.Duration) error {
 	return nil
 }
 
-// goneWithin waits for the VMM's end, and reads the gate's messages meanwhile.
-func (l *life) goneWithin(gone <-chan struct{}, wait time.Duration) bool {
-	limit := after(wait)
-	for {
-		select {
-		case <-gone:
-			return true
-		case <-limit:
-			return false
-		case m, ok := <-l.gate.messages:
-			if !ok {
-				l.gate.messages = nil
-				continue
-			}
-			l.heed(m)
-		}
-	}
-}
-
 // awaitMessage waits during the start for the gate to say want.
 func (l *life) awaitMessage(ctx context.Context, want gate.Kind, limit time.Duration) error {
-	gone, lost := exited(l.instance), l.lostShare()
-	for timer := after(limit); ; {
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-timer:
-			return coded(ExitTimeout, fmt.Errorf("not within %s", limit))
-		case <-gone:
-			return l.endedEarly()
-		case err := <-lost:
-			if l.endsSoon(gone) {
-				return l.endedEarly()
-			}
-			return errors.Join(errors.New("the server of a share ended"), err)
-		case <-l.gate.ended:
-			return fmt.Errorf("the gate ended: %w; see %s", l.gate.why(), l.paths.Log+"/gate.log")
-		case m, ok := <-l.gate.messages:
-			if !ok {
-				l.gate.messages = nil
-				continue
-			}
-			if m.Kind == want {
-				return nil
-			}
-			if m.Kind == gate.Progress {
-				l.note(l.Status().Step, "%s", m.Detail)
-			}
-			l.heed(m)
+	what, err := l.wait(ctx, watch{vmm: true, parts: true, limit: limit, until: func(m gate.Message) bool {
+		if m.Kind == gate.Progress {
+			l.journal.add(Progress{Step: l.Status().Step, State: StepNote, Text: m.Detail})
 		}
+		return m.Kind == want
+	}})
+	switch what {
+	case asked:
+		return context.Cause(ctx)
+	case told:
+		return nil
+	case vmmGone:
+		return l.endedEarly()
+	case late:
+		err := fmt.Errorf("not within %s", limit)
+		if st := l.Status(); st.Workload != "" {
+			err = fmt.Errorf("%w; the workload was started again %d times, and ended last: %s", err, st.Restarts, st.Workload)
+		}
+		return coded(ExitTimeout, err)
 	}
+	return l.partGone(what, err)
 }

@@ -20,6 +20,7 @@ const (
 	ExitNotRunning  = 3   // the VM is down (systemctl status says it so)
 	ExitNoSuchVM    = 4   // nothing declares the VM (as systemctl status)
 	ExitWarnings    = 10  // doctor found nothing worse than warnings
+	ExitCrashLoop   = 75  // the VM failed again and again, and is not started any more (EX_TEMPFAIL)
 	ExitNoPerm      = 77  // not root (EX_NOPERM)
 	ExitDeclaration = 78  // the declaration, or what it names, is wrong: starting again does not help (EX_CONFIG)
 	ExitTimeout     = 124 // not ready in time (as timeout(1))
@@ -59,17 +60,48 @@ func ExitCode(err error) int {
 	return ExitFailed
 }
 
+// EndKind is why a VM, or one life of it, ended, for machines. What is recorded by
+// another version may be a kind that is not among these, or none.
+type EndKind string
+
+// The kinds of ends.
+const (
+	EndByOwner     EndKind = "owner"             // asked for: down, SIGTERM
+	EndPowerOff    EndKind = "poweroff"          // by the guest
+	EndReboot      EndKind = "reboot"            // by the guest; the next life follows
+	EndWorkload    EndKind = "workload"          // the workload ended, and its policy does not start it again
+	EndOutOfMemory EndKind = "out-of-memory"     // so it did, killed by the guest's kernel for want of memory
+	EndUnhealthy   EndKind = "unhealthy"         // so it did, stopped because its health check failed
+	EndPanic       EndKind = "panic"             // the guest's kernel
+	EndGuestSetup  EndKind = "guest-setup"       // the guest's init could not set it up
+	EndAgent       EndKind = "agent-lost"        // the guest's init was not heard of any more
+	EndVMM         EndKind = "vmm-failed"        // the VMM ended by itself
+	EndVMMKilled   EndKind = "vmm-killed"        // somebody, or the host's kernel for want of memory, killed the VMM
+	EndShare       EndKind = "share-lost"        // a virtiofsd ended
+	EndGate        EndKind = "gate-lost"         // the gate ended
+	EndNotReady    EndKind = "not-ready"         // the guest or its workload was not ready in time
+	EndDeclaration EndKind = "declaration"       // it is wrong, or what it names
+	EndHost        EndKind = "host"              // a step of the start or of the way down failed on the host
+	EndSupervisor  EndKind = "supervisor-killed" // the supervisor ended without a word; or the host did
+)
+
 // End is how a VM ended, kept for `ls` and `status` until the next start.
 type End struct {
 	Time time.Time `json:"time"`
 	// Started is when its supervisor started, which tells this end from an
 	// earlier one's; zero in what an older clawvm wrote.
 	Started time.Time `json:"started,omitzero"`
+	Kind    EndKind   `json:"kind,omitempty"`
 	// Reason is a sentence without a stop; empty for an end that was asked for.
 	Reason string `json:"reason,omitempty"`
 	Code   int    `json:"code"`
 	// Left: something could not be taken down, which the reason names.
 	Left bool `json:"left,omitempty"`
+	// Faults are the last ones that the supervisor saw, oldest first, this end
+	// included where it is one.
+	Faults []Fault `json:"faults,omitempty"`
+	// CrashLoop: the start limit was reached, and so it is not started again.
+	CrashLoop bool `json:"crashLoop,omitempty"`
 }
 
 // leftError is the error of an end that left something behind.
@@ -87,10 +119,19 @@ func (e *End) since(before *End) bool {
 // a word, because it was killed or could not write.
 func endOf(l Layout, st Status) (*End, error) {
 	e, err := readEnd(l.VM(st.Name).LastEnd())
-	if err != nil || e == nil || !e.Started.IsZero() && !e.Started.Equal(st.Started) {
+	if err != nil || e == nil || !e.Started.IsZero() && !e.Started.Equal(st.Started) || e.Kind == EndSupervisor {
 		return nil, err
 	}
 	return e, nil
+}
+
+// String is the end in one line: when, the kind, the exit code, why.
+func (e *End) String() string {
+	kind := ""
+	if e.Kind != "" {
+		kind = " " + string(e.Kind) + ","
+	}
+	return fmt.Sprintf("%s%s exit code %d: %s", e.Time.Local().Format(time.DateTime), kind, e.Code, e.why())
 }
 
 // Failed says whether the VM ended otherwise than it should.

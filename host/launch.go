@@ -139,7 +139,7 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 			if errors.As(err, &exit) {
 				code = exit.ExitCode()
 			}
-			if e, eerr := readEnd(paths.LastEnd()); eerr == nil && e.Failed() && (beforeErr != nil || e.since(before)) {
+			if e, eerr := readEnd(paths.LastEnd()); eerr == nil && e.Failed() && e.Kind != EndSupervisor && (beforeErr != nil || e.since(before)) {
 				return false, coded(e.Code, errors.New(e.Reason))
 			}
 			why := strings.TrimPrefix(lastLine(said[:n]), "clawvm: ")

@@ -16,10 +16,10 @@ import (
 // Entry is a line of `clawvm ls`.
 type Entry struct {
 	Status
-	// Health is "ready" once the workload answered, "starting" before that,
-	// "unreachable" when the guest's agent is not heard of any more, and empty for
-	// a VM that is down.
+	// Health is one of the Health constants; empty for a VM that is down in order.
 	Health string `json:"health,omitempty"`
+	// Why is the reason of a state or health that is not as wished, in one line.
+	Why string `json:"why,omitempty"`
 	// End is how the VM ended last; of one that is down.
 	End *End `json:"end,omitempty"`
 	// Problem is why the declaration can't be used.
@@ -27,6 +27,48 @@ type Entry struct {
 	// Declared: false for a VM that runs although its declaration is gone.
 	Declared bool `json:"declared"`
 }
+
+// What Entry.Health says.
+const (
+	HealthStarting    = "starting"    // the workload has not answered yet
+	HealthReady       = "ready"       // it has answered
+	HealthRestarting  = "restarting"  // it ended, and is started again
+	HealthUnreachable = "unreachable" // the guest's agent is not heard of any more
+	HealthCrashLoop   = "crash-loop"  // VM or workload ends again and again
+)
+
+// health is the health of a VM that has a supervisor, and its reason.
+func (st Status) health(now time.Time) (health, why string) {
+	if crashLoop(st.Faults, st.Since, now) {
+		return HealthCrashLoop, loopReason(st.Faults, now)
+	}
+	switch st.State {
+	case Restarting:
+		if st.Previous != nil {
+			why = "after: " + st.Previous.why()
+		}
+		return HealthRestarting, why
+	case Starting:
+		return HealthStarting, ""
+	case Running:
+		switch {
+		case st.Lost != "":
+			return HealthUnreachable, "the guest's agent does not answer: " + st.Lost
+		case st.Since.IsZero():
+			return HealthRestarting, "the workload ended: " + st.Workload
+		}
+		return HealthReady, ""
+	}
+	return "", ""
+}
+
+// loopReason is why a VM is in a crash loop.
+func loopReason(faults []Fault, now time.Time) string {
+	return fmt.Sprintf("%d failures within %s; the last: %s", recent(faults, now), inWords(faultWindow), faults[len(faults)-1].Reason)
+}
+
+// Idle says whether the VM is down in order, and nothing is wrong with it.
+func (e Entry) Idle() bool { return e.State == Stopped && e.Problem == "" }
 
 // listParallel is how many supervisors are asked at once.
 const listParallel = 16
@@ -91,14 +133,7 @@ func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, h
 	st, err := l.Dial(name).Status(ctx)
 	if err == nil {
 		e := Entry{Status: st}
-		switch {
-		case st.State == Running && st.Lost != "":
-			e.Health = "unreachable"
-		case st.State == Running:
-			e.Health = "ready"
-		case st.State == Starting:
-			e.Health = "starting"
-		}
+		e.Health, e.Why = st.health(time.Now())
 		return e
 	}
 	e := Entry{Status: Status{Name: name, State: Stopped}}
@@ -110,7 +145,10 @@ func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, h
 	} else if end != nil {
 		e.End = end
 		if end.Failed() {
-			e.State = Failed
+			e.State, e.Why = Failed, end.why()
+		}
+		if end.CrashLoop {
+			e.Health = HealthCrashLoop
 		}
 	}
 	if hostErr != nil {
@@ -158,7 +196,7 @@ func (l Layout) withRunDir() ([]string, error) {
 
 // Uptime is how long the VM has been up.
 func (e Entry) Uptime() time.Duration {
-	if e.State == Stopped || e.State == Failed || e.Started.IsZero() {
+	if e.State == Stopped || e.State == Failed || e.State == Restarting || e.Started.IsZero() {
 		return 0
 	}
 	return time.Since(e.Started)

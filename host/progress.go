@@ -40,6 +40,7 @@ func (p Progress) Last() bool { return p.State == VMReady || p.State == VMEnded 
 // journal keeps a start's progress for those who come to follow it later.
 type journal struct {
 	mu     sync.Mutex
+	before int // events of earlier lives
 	events []Progress
 	grown  chan struct{} // closed and replaced when there is more
 }
@@ -65,16 +66,15 @@ func (j *journal) add(p Progress) {
 func (j *journal) restart() {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	j.before += len(j.events)
 	j.events = nil
 }
 
-// from returns the events after the first n, and a channel that is closed when
-// there are more.
-func (j *journal) from(n int) ([]Progress, <-chan struct{}) {
+// from returns the events of this life after the first n of all lives, how many
+// there have been by then, and a channel that is closed when there are more.
+func (j *journal) from(n int) ([]Progress, int, <-chan struct{}) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if n > len(j.events) {
-		n = 0 // a new life has begun
-	}
-	return append([]Progress(nil), j.events[n:]...), j.grown
+	n = max(n-j.before, 0)
+	return append([]Progress(nil), j.events[n:]...), j.before + len(j.events), j.grown
 }

@@ -78,13 +78,17 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 	if err != nil {
 		return fmt.Errorf("cannot start VM %s: %w", name, err)
 	}
-	err = s.lives(ctx)
-	end := End{Time: time.Now().UTC(), Started: s.Status().Started, Code: ExitCode(err)}
-	if err != nil {
-		end.Reason = err.Error()
-		end.Left = errors.As(err, new(leftError))
+	// What stands if this process ends without a word.
+	killed := End{Time: time.Now().UTC(), Started: s.Status().Started, Kind: EndSupervisor, Code: ExitFailed,
+		Reason: fmt.Sprintf("VM %s: its supervisor was killed, or the host went down", name)}
+	if err := writeEnd(s.paths.LastEnd(), killed); err != nil {
 		s.logf("%v", err)
 	}
+	end, err := s.lives(ctx)
+	if err != nil {
+		s.logf("%v", err)
+	}
+	s.logf("ended: %s", end.Kind)
 	s.journal.add(Progress{State: VMEnded, Text: end.Reason})
 	after := errors.Join(writeEnd(s.paths.LastEnd(), end), control.close(), s.tidy())
 	if after != nil {
@@ -110,42 +114,6 @@ func (s *Supervisor) tidy() error {
 	}
 	return nil
 }
-
-// lives runs the VM, and again each time that its guest reboots: always with a
-// new VMM, new virtiofsd and a new gate, since a VMM that resets in place would
-// wait for daemons that are gone.
-func (s *Supervisor) lives(ctx context.Context) error {
-	for {
-		began := time.Now()
-		l := &life{Supervisor: s, clockSet: make(chan struct{}, 1)}
-		s.mu.Lock()
-		s.life = l
-		s.mu.Unlock()
-		how, err := l.live(ctx)
-		s.mu.Lock()
-		s.life = nil
-		s.mu.Unlock()
-		if undoErr := l.undo.unwind(); undoErr != nil {
-			err = errors.Join(err, leftError{fmt.Errorf("VM %s ended, but %w; clawvm gc cleans up", s.name, undoErr)})
-		}
-		if err != nil || how != endedByReboot {
-			return err
-		}
-		if time.Since(began) < rebootLoop {
-			return fmt.Errorf("VM %s: the guest reboots again and again (%s after its start): clawvm logs --console %s shows why", s.name, time.Since(began).Round(time.Second), s.name)
-		}
-		s.logf("the guest reboots")
-		s.journal.restart()
-		s.update(func(st *Status) {
-			st.State, st.Step, st.Ready, st.Lost = Starting, "", time.Time{}, ""
-			st.Reboots++
-		})
-	}
-}
-
-// rebootLoop is how long a guest must have lived for its reboot to be obeyed: less
-// is a guest that can't start.
-const rebootLoop = 2 * time.Second
 
 // Status is what is known of the VM now.
 func (s *Supervisor) Status() Status {

@@ -50,9 +50,15 @@ type life struct {
 	gate       *gateProcess
 	daemons    []*storage.Daemon
 	instance   vmm.Instance
-	announced  *gate.Message // how the guest said that it ends
-	paused     bool          // see pause.go
-	clockSet   chan struct{} // the gate's answers to resumes
+
+	// What happens to it.
+	gone      <-chan struct{} // closed when the VMM has ended
+	lost      <-chan error    // the first virtiofsd that ended
+	workload  *gate.Message   // how the workload ended last
+	announced *gate.Message   // how the guest said that it ends
+
+	paused   bool          // see pause.go
+	clockSet chan struct{} // the gate's answers to resumes
 
 	staging sync.Mutex // held while the staged secrets are written or taken away
 	staged  bool       // they may be written: their tmpfs is there
@@ -102,18 +108,9 @@ func steps() []step {
 	}
 }
 
-// ending is how a life ended.
-type ending int
-
-const (
-	endedByOwner  ending = iota + 1 // as asked
-	endedByGuest                    // it powered off
-	endedByReboot                   // it wants to start again
-)
-
-// live brings the VM up, waits for its end and says how it ended. Whatever it
-// put up is on the undo stack when it returns.
-func (l *life) live(ctx context.Context) (ending, error) {
+// live brings the VM up, waits for its end and says how it ended, with an error
+// where that is a failure. Whatever it put up is on the undo stack when it returns.
+func (l *life) live(ctx context.Context) (EndKind, error) {
 	// A request to end also ends a start that is under way.
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -130,30 +127,29 @@ func (l *life) live(ctx context.Context) (ending, error) {
 		}
 	})
 	err := l.bringUp(ctx)
+	kind := kindOf(err)
 	if err == nil {
-		l.update(func(st *Status) { st.State, st.Step, st.Ready = Running, "", time.Now().UTC() })
+		now := time.Now().UTC()
+		l.update(func(st *Status) { st.State, st.Step, st.Ready, st.Since = Running, "", now, now })
 		l.journal.add(Progress{State: VMReady})
 		l.tellSystemd("READY=1")
 		l.logf("ready")
 		// What the start needed, a running VM does not: the kernel's files above all, where they had to be made.
 		go debug.FreeOSMemory()
-		var how ending
-		how, err = l.awaitEnd(ctx)
-		if err == nil && how != endedByOwner {
-			close(stopWatching)
-			watching.Wait()
-			return how, nil
-		}
+		kind, err = l.awaitEnd(ctx)
 	}
 	asked := ctx.Err() != nil
 	close(stopWatching)
 	watching.Wait()
 	l.update(func(st *Status) { st.State, st.Step = Stopping, "" })
-	l.tellSystemd("STOPPING=1")
 	if asked {
-		return endedByOwner, l.shutDown(grace)
+		l.tellSystemd("STOPPING=1")
+		return EndByOwner, l.shutDown(grace)
 	}
-	return 0, err
+	if kind == EndReboot {
+		err = nil // what the guest asks for is not a failure, were it during the start
+	}
+	return kind, err
 }
 
 // errDown is the cause of a context that ended because the owner asked for it.

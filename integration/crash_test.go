@@ -19,6 +19,7 @@ volumes:
 secrets:
   made: {generate: 32}
 ports: ["127.0.0.1:18081:8080"]
+restart: no
 run: {argv: [httpd, -f, -p, "8080", -h, /srv/www], user: app, ready: {tcp: 8080}, stop: {timeout: 5s}}
 `
 

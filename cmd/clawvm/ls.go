@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 
@@ -16,7 +17,12 @@ import (
 func lsCommand() *cli.Command {
 	return &cli.Command{
 		Name: "ls", Aliases: []string{"ps", "list"}, Usage: "list the VMs",
-		Flags: []cli.Flag{jsonFlag(), &cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print names only"}},
+		Description: "Those that are down in order are listed with --all only.",
+		Flags: []cli.Flag{
+			jsonFlag(),
+			&cli.BoolFlag{Name: "all", Aliases: []string{"a"}, Usage: "list those that are down, too"},
+			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print names only"},
+		},
 		Action: func(c *cli.Context) error {
 			l, err := privileged(c)
 			if err != nil {
@@ -25,6 +31,12 @@ func lsCommand() *cli.Command {
 			entries, err := host.List(c.Context, l)
 			if err != nil {
 				return err
+			}
+			idle := 0
+			if !c.Bool("all") {
+				declared := len(entries)
+				entries = slices.DeleteFunc(entries, host.Entry.Idle)
+				idle = declared - len(entries)
 			}
 			switch {
 			case c.Bool("json"):
@@ -52,6 +64,12 @@ func lsCommand() *cli.Command {
 				if e.Problem != "" {
 					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, e.Problem)
 				}
+				if e.Why != "" {
+					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, e.Why)
+				}
+			}
+			if idle > 0 && onTerminal(os.Stdout) {
+				fmt.Fprintf(os.Stderr, "(%d more are down: %s ls --all)\n", idle, self(l))
 			}
 			return nil
 		},

@@ -54,14 +54,28 @@ func printStatus(l host.Layout, e host.Entry) error {
 		state += ", started " + human(up) + " ago"
 	}
 	fmt.Fprintf(w, "%s\n", e.Name)
+	if !e.Again.IsZero() {
+		state += fmt.Sprintf(", starting again in %s", human(max(time.Until(e.Again), 0)))
+	}
 	row("state", state)
+	row("health", e.Health)
+	row("why", e.Why)
 	row("problem", e.Problem)
-	if e.End != nil {
-		why := e.End.Reason
-		if why == "" {
-			why = "as asked"
+	end, faults := e.End, e.Faults
+	if end == nil {
+		end = e.Previous
+	} else {
+		faults = end.Faults
+	}
+	if end != nil {
+		row("last end", end.String())
+	}
+	for i := len(faults) - 1; i >= 0; i-- { // the last one first
+		key := ""
+		if i == len(faults)-1 {
+			key = "faults"
 		}
-		row("last end", fmt.Sprintf("%s, exit code %d: %s", e.End.Time.Local().Format(time.DateTime), e.End.Code, why))
+		fmt.Fprintf(w, "  %s\t%s\n", key, faults[i])
 	}
 	if !e.Ready.IsZero() {
 		row("ready", fmt.Sprintf("%s after its start", human(e.Ready.Sub(e.Started))))
@@ -74,7 +88,7 @@ func printStatus(l host.Layout, e host.Entry) error {
 	row("image", e.Image)
 	row("kernel", e.Kernel)
 	row("reboots", number(e.Reboots))
-	row("restarts", number(e.Restarts))
+	row("restarts", counted(e.VMRestarts, "of the VM", e.Restarts, "of the workload"))
 	row("workload", e.Workload)
 	row("agent", e.Lost)
 	row("supervisor", number(e.PID))
@@ -82,15 +96,48 @@ func printStatus(l host.Layout, e host.Entry) error {
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	lines, err := host.Tail(l.VM(e.Name).WorkloadLog(), statusLines)
-	if err != nil {
-		return err
-	}
-	for _, line := range lines {
-		fmt.Println("  |", line)
+	for _, log := range lastWords(l, e) {
+		lines, err := host.Tail(log.path, statusLines)
+		if err != nil {
+			return err
+		}
+		if len(lines) > 0 {
+			fmt.Printf("  the end of what %s said:\n", log.who)
+		}
+		for _, line := range lines {
+			fmt.Println("  |", line)
+		}
 	}
 	return nil
 }
 
-// statusLines is how many of the workload's last lines status shows.
+// namedLog is a log, and who wrote it.
+type namedLog struct{ who, path string }
+
+// lastWords are the logs whose ends explain the VM's state: the workload's, and
+// of a VM that is not as it should be those of who keeps it and runs it, too.
+func lastWords(l host.Layout, e host.Entry) []namedLog {
+	p := l.VM(e.Name)
+	logs := []namedLog{{"the workload", p.WorkloadLog()}}
+	if e.State == host.Failed || e.State == host.Restarting || e.Health == host.HealthCrashLoop || e.Health == host.HealthUnreachable {
+		logs = append(logs, namedLog{"the guest's console", p.ConsoleLog()}, namedLog{"the supervisor", p.SupervisorLog()})
+	}
+	return logs
+}
+
+// counted is numbers with what they count, those that are not 0.
+func counted(n int, of string, m int, alsoOf string) string {
+	var parts []string
+	for _, c := range []struct {
+		n  int
+		of string
+	}{{n, of}, {m, alsoOf}} {
+		if c.n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", c.n, c.of))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+// statusLines is how many of a log's last lines status shows.
 const statusLines = 5

@@ -22,6 +22,9 @@ type Message struct {
 	Code int `json:"code,omitempty"`
 	// Again says of WorkloadEnded that the workload is started once more.
 	Again bool `json:"again,omitempty"`
+	// Cause is what ended the workload, of WorkloadEnded: one of the Cause
+	// constants, or nothing when it ended by itself.
+	Cause string `json:"cause,omitempty"`
 	// Detail is text for the owner; from the gate it is bounded and printable.
 	Detail string `json:"detail,omitempty"`
 	// Grace is how long, in milliseconds, Shutdown may take.
@@ -55,6 +58,12 @@ const (
 	EndReboot   = "reboot"
 	EndWorkload = "workload" // it ended, for good
 	EndFailed   = "failed"   // the guest could not be set up
+)
+
+// What ended a workload, as WorkloadEnded's Cause.
+const (
+	CauseMemory = "out-of-memory" // the guest's kernel killed it for want of memory
+	CauseHealth = "unhealthy"     // its health check failed, and it was stopped for that
 )
 
 const (

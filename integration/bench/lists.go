@@ -61,7 +61,7 @@ func (w *world) list(ctx context.Context, declared, running, runs int) (list, er
 	l := list{Declared: declared, Running: running}
 	for range runs {
 		began := time.Now()
-		out, err := w.clawvm(ctx, "ls")
+		out, err := w.clawvm(ctx, "ls", "--all")
 		if err != nil {
 			return l, err
 		}

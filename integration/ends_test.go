@@ -1,0 +1,151 @@
+package integration
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/clawvm/clawvm/host"
+)
+
+// endsVM ends in all the ways that there are.
+const endsVM = `
+image: small
+vmm: %s
+vcpus: 1
+memory: 256MiB
+overlay: {tmpfs: 16MiB}
+restart: on-failure
+run: {argv: [httpd, -f, -p, "8080", -h, /srv/www], user: app, ready: {tcp: 8080}, stop: {timeout: 5s}}
+`
+
+// TestEnds ends a VM in each way but by its owner: each is told apart, and followed
+// by what `restart:` says.
+func TestEnds(t *testing.T) {
+	w := newWorld(t)
+	w.prepareStore(t)
+	w.declare(t, "ends", fmt.Sprintf(endsVM, vmmName()))
+	t.Cleanup(func() { w.clawvm(t, "down", "--timeout", "1s", "ends") })
+	w.must(t, "up", "ends")
+
+	root := func(t *testing.T, script string) {
+		t.Helper()
+		w.clawvm(t, "exec", "--root", "ends", "--", "sh", "-c", script) // its connection ends with the guest
+	}
+	killAll := func(kind string) func(*testing.T) {
+		return func(t *testing.T) {
+			t.Helper()
+			victims := w.processes(t, "ends")[kind]
+			if len(victims) == 0 {
+				t.Fatalf("no process of kind %s", kind)
+			}
+			for _, pid := range victims {
+				kill(t, pid)
+			}
+		}
+	}
+	// The pauses between the lives are 1, 2, 4, 8 s.
+	restarts, faults := 0, 0
+	for _, c := range []struct {
+		name  string
+		kind  host.EndKind
+		fault bool
+		do    func(*testing.T)
+	}{
+		{"the VMM is killed", "vmm-killed", true, killAll("vmm")},
+		{"kernel panic", "panic", true, func(t *testing.T) { root(t, "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger") }},
+		{"the gate is killed", "gate-lost", true, killAll("gate")},
+		{"a virtiofsd is killed", "share-lost", true, killAll("virtiofsd")},
+		{"reboot", "reboot", false, func(t *testing.T) { root(t, "reboot -f") }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			before := w.entry(t, "ends")
+			c.do(t)
+			var s host.Entry
+			eventually(t, "the VM is ready again", commandLimit, func() bool {
+				s = w.entry(t, "ends")
+				return s.State == "ready" && s.VMRestarts+s.Reboots > before.VMRestarts+before.Reboots
+			})
+			if c.fault {
+				restarts, faults = restarts+1, faults+1
+			} else if s.Reboots != before.Reboots+1 {
+				t.Errorf("%d reboots, want %d", s.Reboots, before.Reboots+1)
+			}
+			if s.Previous == nil || s.Previous.Kind != c.kind {
+				t.Errorf("the life before ended by %+v, want %s", s.Previous, c.kind)
+			}
+			if s.VMRestarts != restarts || len(s.Faults) != faults || s.PID != before.PID {
+				t.Errorf("%d restarts and faults %+v under supervisor %d, want %d and %d under %d", s.VMRestarts, s.Faults, s.PID, restarts, faults, before.PID)
+			}
+			if loop := s.Health == "crash-loop"; loop != (faults >= 3) || loop && !strings.Contains(s.Why, "failures within 10 min") {
+				t.Errorf("after %d faults: health %q, %q", faults, s.Health, s.Why)
+			}
+		})
+	}
+	t.Run("down during the pause", func(t *testing.T) {
+		killAll("vmm")(t)
+		var s host.Entry
+		eventually(t, "the supervisor waits", 30*time.Second, func() bool {
+			s = w.entry(t, "ends")
+			return s.State == "restarting"
+		})
+		if s.Again.IsZero() || s.Health != "crash-loop" {
+			t.Errorf("while it waits: %+v", s)
+		}
+		if out := w.must(t, "ls"); !strings.Contains(out, "restarting") || !strings.Contains(out, "crash-loop") {
+			t.Errorf("ls prints\n%s", out)
+		}
+		began := time.Now()
+		w.must(t, "down", "ends")
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("down took %s, want at once", took)
+		}
+		s = w.entry(t, "ends")
+		if s.State != "stopped" || s.End == nil || s.End.Kind != "owner" {
+			t.Errorf("then: %+v", s)
+		}
+		if out := w.must(t, "ls", "-q"); strings.Contains(out, "ends") {
+			t.Errorf("ls lists what is down: %q", out)
+		}
+		if out := w.must(t, "ls", "-q", "--all"); !strings.Contains(out, "ends") {
+			t.Errorf("ls --all does not list what is down: %q", out)
+		}
+	})
+	t.Run("poweroff", func(t *testing.T) {
+		w.must(t, "up", "ends")
+		root(t, "poweroff -f")
+		var s host.Entry
+		eventually(t, "the VM is down", time.Minute, func() bool {
+			s = w.entry(t, "ends")
+			return s.State == "stopped"
+		})
+		if s.End == nil || s.End.Kind != "poweroff" || s.End.Code != 0 {
+			t.Errorf("it ended by %+v", s.End)
+		}
+	})
+	t.Run("the supervisor is killed", func(t *testing.T) {
+		w.must(t, "up", "ends")
+		kill(t, w.entry(t, "ends").PID)
+		var s host.Entry
+		eventually(t, "the VM is down", time.Minute, func() bool {
+			s = w.entry(t, "ends")
+			return s.State == "failed"
+		})
+		if s.End == nil || s.End.Kind != "supervisor-killed" {
+			t.Errorf("it ended by %+v", s.End)
+		}
+	})
+}
+
+// entry is all that status knows of a VM.
+func (w *world) entry(t *testing.T, name string) host.Entry {
+	t.Helper()
+	r := w.clawvm(t, "status", "--json", name)
+	var e host.Entry
+	if err := json.Unmarshal([]byte(r.stdout), &e); err != nil {
+		t.Fatalf("clawvm status --json: %v\n%s%s", err, r.stdout, r.stderr)
+	}
+	return e
+}

@@ -84,10 +84,7 @@ func (l *life) loadDeclaration(context.Context) error {
 	}
 	l.update(func(st *Status) {
 		st.VCPUs, st.Memory = l.vm.VCPUs, int64(l.vm.Memory)
-		st.Ports = nil
-		for _, p := range l.vm.Ports {
-			st.Ports = append(st.Ports, portText(p))
-		}
+		st.Ports = portTexts(l.vm.Ports)
 	})
 	return nil
 }
@@ -143,16 +140,25 @@ func (l *life) openImage(context.Context) error {
 	if l.user, err = l.lookUp(workloadUser(l.vm)); err != nil {
 		return coded(ExitDeclaration, err)
 	}
-	for i, s := range l.vm.Secrets {
+	l.secrets, err = l.ownedSecrets(l.vm)
+	return err
+}
+
+// ownedSecrets are a declaration's secrets, with the numbers that their owners
+// have in the image.
+func (l *life) ownedSecrets(vm *config.VM) ([]secrets.Secret, error) {
+	list := declaredSecrets(vm)
+	for i, s := range vm.Secrets {
 		owner := l.user
 		if s.Owner != "" {
+			var err error
 			if owner, err = l.lookUp(s.Owner); err != nil {
-				return coded(ExitDeclaration, fmt.Errorf("cannot use secret %s: its owner: %w", s.Name, err))
+				return nil, coded(ExitDeclaration, fmt.Errorf("cannot use secret %s: its owner: %w", s.Name, err))
 			}
 		}
-		l.secrets[i].UID, l.secrets[i].GID = owner.uid, owner.gid
+		list[i].UID, list[i].GID = owner.uid, owner.gid
 	}
-	return nil
+	return list, nil
 }
 
 // lookUp finds a user, by name or as UID[:GID], in the image.

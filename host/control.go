@@ -101,16 +101,24 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 	})
 	mux.HandleFunc("POST /v1/rotate", func(w http.ResponseWriter, r *http.Request) {
 		if err := s.rotate(); err != nil {
-			http.Error(w, err.Error(), http.StatusConflict)
+			refuse(w, err)
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)
+	})
+	mux.HandleFunc("POST /v1/reload", func(w http.ResponseWriter, r *http.Request) {
+		done, err := s.reload(r.Context())
+		if err != nil {
+			refuse(w, err)
+			return
+		}
+		s.answer(w, done)
 	})
 	for what, do := range map[string]func(context.Context) (bool, error){"pause": s.pause, "resume": s.resume} {
 		mux.HandleFunc("POST /v1/"+what, func(w http.ResponseWriter, r *http.Request) {
 			changed, err := do(r.Context())
 			if err != nil {
-				http.Error(w, err.Error(), http.StatusConflict)
+				refuse(w, err)
 				return
 			}
 			s.answer(w, Changed{changed})
@@ -131,6 +139,15 @@ func (s *Supervisor) answer(w http.ResponseWriter, v any) {
 	if err := json.NewEncoder(w).Encode(v); err != nil {
 		s.logf("cannot answer a request: %v", err)
 	}
+}
+
+// exitHeader carries the exit code that an error stands for.
+const exitHeader = "Clawvm-Exit-Code"
+
+// refuse answers with an error.
+func refuse(w http.ResponseWriter, err error) {
+	w.Header().Set(exitHeader, strconv.Itoa(ExitCode(err)))
+	http.Error(w, err.Error(), http.StatusConflict)
 }
 
 // Changed is the answer to a request that may find things as they were asked for.
@@ -269,6 +286,14 @@ func (c *Client) Rotate(ctx context.Context) error {
 	return resp.Body.Close()
 }
 
+// Reload reads the declaration anew and applies what can be applied to a running
+// VM; on an error nothing is changed.
+func (c *Client) Reload(ctx context.Context) (Reload, error) {
+	var r Reload
+	err := c.question(ctx, "POST", "reload", &r)
+	return r, err
+}
+
 // Pause stops the VM where it stands; changed is false for one that is paused
 // already. [Client.Resume] lets it go on.
 func (c *Client) Pause(ctx context.Context) (changed bool, err error) {
@@ -317,7 +342,13 @@ func (c *Client) do(ctx context.Context, method, what string, body []byte) (*htt
 	}
 	if resp.StatusCode >= 300 {
 		text, err := io.ReadAll(io.LimitReader(resp.Body, answerMax))
-		return nil, errors.Join(errors.New(string(bytes.TrimSpace(text))), err, resp.Body.Close())
+		refusal := errors.New(string(bytes.TrimSpace(text)))
+		if resp.StatusCode == http.StatusNotFound {
+			refusal = fmt.Errorf("the supervisor of VM %s knows no %q: it is of an older clawvm; clawvm restart %s starts it with this one", c.name, what, c.name)
+		} else if code, cerr := strconv.Atoi(resp.Header.Get(exitHeader)); cerr == nil {
+			refusal = coded(code, refusal)
+		}
+		return nil, errors.Join(refusal, err, resp.Body.Close())
 	}
 	return resp, nil
 }

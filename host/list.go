@@ -165,9 +165,7 @@ func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, h
 		return e
 	}
 	e.VMM, e.VCPUs, e.Memory = vm.VMM, vm.VCPUs, int64(vm.Memory)
-	for _, p := range vm.Ports {
-		e.Ports = append(e.Ports, portText(p))
-	}
+	e.Ports = portTexts(vm.Ports)
 	if vm.Address.IsValid() {
 		e.Address = vm.Address.String()
 	} else if a, ok, err := (network.Leases{Dir: l.Leases(), Subnet: hostConfig.Address}).Lookup(name); err == nil && ok {

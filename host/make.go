@@ -137,7 +137,7 @@ const secretsSize = 16 << 20
 
 // stageSecrets copies the secrets into a tmpfs that this process alone sees, and
 // stages them anew whenever a source changes.
-func (l *life) stageSecrets(ctx context.Context) error {
+func (l *life) stageSecrets(context.Context) error {
 	if len(l.secrets) == 0 {
 		return nil
 	}
@@ -161,22 +161,8 @@ func (l *life) stageSecrets(ctx context.Context) error {
 	if err != nil {
 		return coded(ExitDeclaration, err)
 	}
-	watch, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	watching := make(chan error, 1)
-	go func() {
-		watching <- secrets.Watch(watch, l.secrets, func() {
-			if err := l.restage(); err != nil {
-				l.logf("a secret's source has changed, and the guest keeps the old one: %v", err)
-			}
-		})
-	}()
-	l.undo.push("the watch of the secrets' sources", func() error {
-		cancel()
-		if err := <-watching; err != nil && !errors.Is(err, context.Canceled) {
-			return err
-		}
-		return nil
-	})
+	l.watchSecrets()
+	l.undo.push("the watch of the secrets' sources", l.unwatchSecrets)
 	return nil
 }
 
@@ -275,6 +261,7 @@ func (l *life) guestRules() network.Guest {
 func (l *life) applyRules(ctx context.Context) error {
 	g := l.guestRules()
 	l.undo.push("the packet filter rules", func() error { return l.rules.Remove(l.name, l.address) })
+	l.ruled.Store(&g)
 	if err := l.rules.Ensure(g); err != nil {
 		return err
 	}
@@ -290,7 +277,7 @@ func (l *life) applyRules(ctx context.Context) error {
 	watching := make(chan error, 1)
 	go func() {
 		watching <- l.rules.Watch(watch, func() {
-			if err := l.rules.Ensure(g); err != nil {
+			if err := l.rules.Ensure(*l.ruled.Load()); err != nil {
 				l.logf("someone removed the packet filter rules, and they cannot be put back: %v", err)
 				return
 			}
@@ -329,15 +316,14 @@ func (l *life) startGate(context.Context) error {
 	l.undo.push("the agent's channel", channel.Close)
 
 	c := gate.Config{
-		VM: l.name, Address: l.address, RefuseNames: l.vm.Egress.Mode == config.EgressNone,
+		VM: l.name, Address: l.address, Naming: naming(l.vm),
 		Resolver:     netip.AddrPortFrom(l.hostConfig.Address.Addr(), l.sockets.resolverPort),
 		AgentListens: channel.Listening, InstructionClock: l.machine.InstructionClock, Logs: l.layout.relative(l.paths.GateLogs()),
 	}
-	for _, n := range l.vm.Nameservers {
-		c.Upstreams = append(c.Upstreams, netip.AddrPortFrom(n, 53))
-	}
+	l.reachable = make(map[uint16]bool)
 	for _, p := range l.vm.Ports {
-		c.Ports = append(c.Ports, gate.Forward{Host: netip.AddrPortFrom(p.HostAddress, p.HostPort).String(), Guest: p.GuestPort})
+		c.Ports = append(c.Ports, forward(p))
+		l.reachable[p.GuestPort] = true
 	}
 	files := append(l.sockets.files, namedFile{gate.FileAgent, channel.Host})
 	if l.gate, err = l.startGateProcess(c, files); err != nil {
@@ -355,6 +341,23 @@ func (l *life) startGate(context.Context) error {
 	}
 	l.sockets.files = nil
 	return errors.Join(errs...)
+}
+
+// naming is how the VM's names are resolved.
+func naming(vm *config.VM) gate.Naming {
+	n := gate.Naming{RefuseNames: vm.Egress.Mode == config.EgressNone}
+	for _, a := range vm.Nameservers {
+		n.Upstreams = append(n.Upstreams, netip.AddrPortFrom(a, dnsPort))
+	}
+	return n
+}
+
+// dnsPort is where name servers listen.
+const dnsPort = 53
+
+// forward is a published port as the gate is told of it.
+func forward(p config.Port) gate.Forward {
+	return gate.Forward{Host: netip.AddrPortFrom(p.HostAddress, p.HostPort).String(), Guest: p.GuestPort}
 }
 
 // ownLogs makes the gate's log directory and gives it, and the files in it, to

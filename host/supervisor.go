@@ -84,7 +84,9 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 	if err := writeEnd(s.paths.LastEnd(), killed); err != nil {
 		s.logf("%v", err)
 	}
+	stop := s.reloadOnHangup(ctx)
 	end, err := s.lives(ctx)
+	stop()
 	if err != nil {
 		s.logf("%v", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/clawvm/clawvm/config"
@@ -60,8 +61,12 @@ type life struct {
 	paused   bool          // see pause.go
 	clockSet chan struct{} // the gate's answers to resumes
 
-	staging sync.Mutex // held while the staged secrets are written or taken away
-	staged  bool       // they may be written: their tmpfs is there
+	ruled     atomic.Pointer[network.Guest] // what the packet filter knows of the VM
+	reachable map[uint16]bool               // ports of the guest that the gate may connect to
+
+	unwatch func() error // ends the watch of the secrets' sources
+	staging sync.Mutex   // held while the staged secrets are written or taken away
+	staged  bool         // they may be written: their tmpfs is there
 }
 
 // step is one thing that up does. It pushes what takes it down again on the undo

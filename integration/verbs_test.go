@@ -2,12 +2,15 @@ package integration
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -36,6 +39,7 @@ func TestVerbs(t *testing.T) {
 	t.Cleanup(func() { w.clawvm(t, "down", "--timeout", "1s", "verbs") })
 	w.must(t, "up", "verbs")
 	v := verbs{w}
+	t.Run("reload", v.reload)
 	t.Run("pause", v.pause)
 	t.Run("down of a paused VM", v.downPaused)
 }
@@ -55,9 +59,14 @@ const (
 // answers says whether the published port answers within limit.
 func answers(t *testing.T, limit time.Duration) bool {
 	t.Helper()
+	return answersAt(t, published, limit)
+}
+
+func answersAt(t *testing.T, url string, limit time.Duration) bool {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, "GET", published, nil)
+	req, err := http.NewRequestWithContext(ctx, "GET", url, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,6 +134,146 @@ func (v verbs) pause(t *testing.T) {
 	}
 	if s := v.status(t, "verbs"); s.State != "ready" || s.Health != "ready" {
 		t.Errorf("status is %+v", s)
+	}
+}
+
+// declared writes the declaration with other words: old, new, old, new, …
+func (v verbs) declared(t *testing.T, words ...string) {
+	t.Helper()
+	text := fmt.Sprintf(verbsVM, vmmName())
+	for i := 0; i < len(words); i += 2 {
+		if !strings.Contains(text, words[i]) {
+			t.Fatalf("the declaration has no %q", words[i])
+		}
+	}
+	v.declare(t, "verbs", strings.NewReplacer(words...).Replace(text))
+}
+
+// says runs a script in the guest.
+func (v verbs) says(t *testing.T, script string) string {
+	t.Helper()
+	r := v.clawvm(t, "exec", "verbs", "sh", "-c", script)
+	return strings.TrimSpace(r.stdout)
+}
+
+func (v verbs) reload(t *testing.T) {
+	pid := v.status(t, "verbs").PID
+	t.Cleanup(func() { v.declared(t) })
+	if out := v.must(t, "reload", "verbs"); out != "verbs: nothing has changed\n" {
+		t.Errorf("a reload without a change says %q", out)
+	}
+	made := v.says(t, "cat /run/secrets/made")
+
+	t.Run("secrets and ports", func(t *testing.T) {
+		given := filepath.Join(t.TempDir(), "given")
+		writeSecret(t, given, "a new secret")
+		v.declared(t, "made: {generate: 32}", "made: {generate: 32}\n  given: {file: "+given+", mode: \"0440\"}",
+			`["127.0.0.1:18090:8080"]`, `["127.0.0.1:18091:8080"]`, "memory: 512MiB", "memory: 640MiB")
+		out := v.must(t, "reload", "verbs")
+		for _, want := range []string{
+			"verbs: secrets.given.file added: " + given, `verbs: ports ["127.0.0.1:18090:8080"] → ["127.0.0.1:18091:8080"]` + "\n",
+			"verbs: memory 512MiB → 640MiB: needs ", "restart verbs\n",
+		} {
+			if !strings.Contains(out, want) {
+				t.Errorf("reload does not say %q:\n%s", want, out)
+			}
+		}
+		if got := v.says(t, "cat /run/secrets/given; echo; stat -c %a /run/secrets/given"); got != "a new secret\n440" {
+			t.Errorf("the new secret: %q", got)
+		}
+		if got := v.says(t, "cat /run/secrets/made"); got != made {
+			t.Error("the generated secret is another")
+		}
+		if !answersAt(t, "http://127.0.0.1:18091/index.html", time.Minute) {
+			t.Error("the new port does not answer")
+		}
+		if answers(t, time.Minute) {
+			t.Error("the old port answers")
+		}
+		if out := v.must(t, "ls"); !strings.Contains(out, "18091->8080") {
+			t.Errorf("ls prints\n%s", out)
+		}
+		writeSecret(t, given, "the next one")
+		eventually(t, "a change of the new secret's source is noticed", 20*time.Second, func() bool {
+			return v.says(t, "cat /run/secrets/given") == "the next one"
+		})
+		v.declared(t)
+		v.must(t, "reload", "verbs")
+		if got := v.says(t, "ls /run/secrets"); got != "made" {
+			t.Errorf("after it was removed from the declaration, the guest has the secrets %q", got)
+		}
+		if !answers(t, time.Minute) {
+			t.Error("the port does not answer again")
+		}
+	})
+	t.Run("nameservers and egress", func(t *testing.T) {
+		const lookup = "nslookup example.test | grep -c 'Address.*203.0.113.1'"
+		const reach = "printf 'GET / HTTP/1.0\\r\\n\\r\\n' | nc -w 20 203.0.113.1 80 | tail -n 1"
+		if got := v.says(t, lookup) + v.says(t, reach); got != "1hello from the internet" {
+			t.Fatalf("before: %q", got)
+		}
+		v.declared(t, "nameservers: [203.0.113.1]", "nameservers: [203.0.113.99]\negress: {mode: none}")
+		v.must(t, "reload", "verbs")
+		if got := v.says(t, lookup) + v.says(t, reach); got != "0" {
+			t.Errorf("with egress none the guest reaches %q", got)
+		}
+		if !answers(t, time.Minute) {
+			t.Error("the published port does not answer any more")
+		}
+		v.declared(t, "nameservers: [203.0.113.1]", "nameservers: [203.0.113.99, 203.0.113.1]")
+		v.must(t, "reload", "verbs")
+		if got := v.says(t, lookup) + v.says(t, reach); got != "1hello from the internet" {
+			t.Errorf("open again: %q", got)
+		}
+	})
+	t.Run("mistakes change nothing", func(t *testing.T) {
+		busy, err := net.Listen("tcp", "127.0.0.1:18092")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer busy.Close()
+		for what, c := range map[string]struct{ old, new, want string }{
+			"a typo":           {"vcpus: 1", "vcpu: 1", "vcpus"},
+			"a missing secret": {"made: {generate: 32}", "made: {file: /no/such/file}", "/no/such/file"},
+			"a busy port":      {`["127.0.0.1:18090:8080"]`, `["127.0.0.1:18090:8080", "127.0.0.1:18092:8080"]`, "18092"},
+		} {
+			v.declared(t, c.old, c.new, "generate: 32", "generate: 32", "nameservers: [203.0.113.1]", "nameservers: [203.0.113.1]\negress: {mode: none}")
+			r := v.clawvm(t, "reload", "verbs")
+			if r.code == 0 || !strings.Contains(r.stderr, "cannot reload VM verbs, which goes on as it was") || !strings.Contains(r.stderr, c.want) {
+				t.Errorf("%s: exit code %d, %q", what, r.code, r.stderr)
+			}
+			if got := v.says(t, "nslookup example.test | grep -c 'Address.*203.0.113.1'"); got != "1" || v.says(t, "cat /run/secrets/made") != made {
+				t.Errorf("%s: something has changed: %q", what, got)
+			}
+		}
+		v.declared(t, "vcpus: 1", "vcpu: 1")
+		if r := v.clawvm(t, "reload", "verbs"); r.code != 78 {
+			t.Errorf("a typo: exit code %d, want 78", r.code)
+		}
+	})
+	t.Run("by signal, and as JSON", func(t *testing.T) {
+		v.declared(t, `["127.0.0.1:18090:8080"]`, `["127.0.0.1:18090:8080", "127.0.0.1:18093:8080"]`)
+		if err := syscall.Kill(pid, syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, "SIGHUP has published the port", 20*time.Second, func() bool {
+			return answersAt(t, "http://127.0.0.1:18093/index.html", 5*time.Second)
+		})
+		v.declared(t, "vcpus: 1", "vcpus: 2")
+		var list []struct {
+			Name             string
+			Applied, Pending []struct{ Field, Was, Is string }
+		}
+		out := v.must(t, "reload", "--json", "verbs")
+		if err := json.Unmarshal([]byte(out), &list); err != nil || len(list) != 1 {
+			t.Fatalf("%v: %s", err, out)
+		}
+		if l := list[0]; l.Name != "verbs" || len(l.Applied) != 1 || l.Applied[0].Field != "ports" || len(l.Pending) != 1 || l.Pending[0].Is != "2" {
+			t.Errorf("%+v", l)
+		}
+	})
+	if now := v.status(t, "verbs").PID; now != pid {
+		t.Errorf("another supervisor runs the VM: %d, not %d", now, pid)
 	}
 }
 

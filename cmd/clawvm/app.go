@@ -84,7 +84,7 @@ func newApp() *cli.App {
 			&cli.StringFlag{Name: "root", Value: "/", EnvVars: []string{"CLAWVM_ROOT"}, Usage: "keep everything below `DIR`, for a try-out that touches nothing of the system"},
 		},
 		Commands: []*cli.Command{
-			upCommand(), downCommand(), restartCommand(), pauseCommand(), resumeCommand(), rmCommand(),
+			upCommand(), downCommand(), restartCommand(), reloadCommand(), pauseCommand(), resumeCommand(), rmCommand(),
 			lsCommand(), statusCommand(), logsCommand(), netCommand(),
 			execCommand(), shellCommand(),
 			imageCommand(), kernelCommand(), secretCommand(), configCommand(),

@@ -220,7 +220,7 @@ func (g *gate) obey(ctx context.Context) error {
 	stop := context.AfterFunc(ctx, func() { g.supervisor.Close() })
 	defer stop()
 	for {
-		m, err := g.supervisor.Receive()
+		m, file, err := g.supervisor.ReceiveFile()
 		if errors.Is(err, io.EOF) {
 			return nil
 		}
@@ -230,11 +230,24 @@ func (g *gate) obey(ctx context.Context) error {
 		switch m.Kind {
 		case Shutdown:
 			g.shutDown(ctx, time.Duration(m.Grace)*time.Millisecond)
+		case Publish:
+			err = g.publisher.publish(ctx, *m.Port, file)
+			file = nil
+		case Unpublish:
+			g.publisher.unpublish(m.Port.Host)
+		case Resolve:
+			g.naming.set(*m.Naming)
 		case Paused:
 			g.agent.pause(true)
 		case Resumed:
 			g.agent.pause(false)
 			go g.setClock(ctx)
+		}
+		if file != nil {
+			err = errors.Join(err, file.Close())
+		}
+		if err != nil {
+			return err
 		}
 	}
 }

@@ -18,14 +18,11 @@ const (
 // forward accepts on a published port and carries each connection to the guest's
 // address, where the program sees the bridge's address as its client and not
 // its own loopback: "local" stays what is inside the guest.
-func (g *gate) forward(ctx context.Context, i int, p Forward) error {
-	l, err := g.listener(FilePort(i))
-	if err != nil {
-		return err
-	}
+func (p *publishedPort) forward(ctx context.Context, guest netip.Addr) error {
+	l := p.listener
+	defer l.Close()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
-	target := netip.AddrPortFrom(g.Address, p.Guest).String()
 	slots := make(chan struct{}, forwardMax)
 	for {
 		select {
@@ -47,6 +44,9 @@ func (g *gate) forward(ctx context.Context, i int, p Forward) error {
 			}
 			continue
 		}
+		p.mu.Lock()
+		target := netip.AddrPortFrom(guest, p.target).String()
+		p.mu.Unlock()
 		go func() {
 			defer func() { <-slots }()
 			splice(ctx, conn, target)

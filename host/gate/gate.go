@@ -41,10 +41,7 @@ type Config struct {
 	Address netip.Addr `json:"address"` // the guest's
 	// Resolver is where the guest's queries arrive.
 	Resolver netip.AddrPort `json:"resolver"`
-	// Upstreams are where the guest's queries go.
-	Upstreams []netip.AddrPort `json:"upstreams"`
-	// RefuseNames: the VM may reach nothing, so no name is answered.
-	RefuseNames bool `json:"refuseNames,omitempty"`
+	Naming
 	// AgentListens: the agent's descriptor is a listening socket on which the
 	// guest's connection arrives; else it is the connection.
 	AgentListens bool `json:"agentListens,omitempty"`
@@ -56,6 +53,14 @@ type Config struct {
 	Logs string `json:"logs"`
 	// Files names the descriptors that follow, in their order.
 	Files []string `json:"files"`
+}
+
+// Naming is how the guest's queries are answered.
+type Naming struct {
+	// Upstreams are where they go.
+	Upstreams []netip.AddrPort `json:"upstreams,omitempty"`
+	// RefuseNames: the VM may reach nothing, so no name is answered.
+	RefuseNames bool `json:"refuseNames,omitempty"`
 }
 
 // Forward is one published port.
@@ -104,7 +109,10 @@ func run() error {
 	if err := confine(c); err != nil {
 		return err
 	}
-	g := &gate{Config: c, files: make(map[string]*os.File)}
+	g := &gate{
+		Config: c, files: make(map[string]*os.File), publisher: newPublisher(c.Address),
+		naming: naming{Naming: c.Naming, changed: make(chan struct{}, 1)},
+	}
 	for i, name := range c.Files {
 		g.files[name] = os.NewFile(uintptr(firstNamed+i), name)
 	}
@@ -124,6 +132,8 @@ type gate struct {
 	events     *egress.Log
 	names      egress.Names // which name led to an address
 	agent      agentLink
+	publisher  *publisher
+	naming     naming // how names are resolved now
 }
 
 // part is one of the things that a gate does until it ends.
@@ -147,12 +157,10 @@ func (g *gate) serve() error {
 		{"the console", g.console},
 		{"the agent", g.serveAgent},
 		{"exec", g.serveExec},
+		{"the published ports", g.publishAll},
 	}
 	if g.files[FileDNSPacket] != nil {
 		parts = append(parts, part{"the resolver", g.resolver}, part{"the flow log", g.flows})
-	}
-	for i, p := range g.Ports {
-		parts = append(parts, part{"port " + p.Host, func(ctx context.Context) error { return g.forward(ctx, i, p) }})
 	}
 	var wg sync.WaitGroup
 	errs := make(chan error, len(parts))

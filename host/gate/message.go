@@ -29,6 +29,10 @@ type Message struct {
 	Detail string `json:"detail,omitempty"`
 	// Grace is how long, in milliseconds, Shutdown may take.
 	Grace int64 `json:"grace,omitempty"`
+	// Port is Publish's and Unpublish's.
+	Port *Forward `json:"port,omitempty"`
+	// Naming is Resolve's.
+	Naming *Naming `json:"naming,omitempty"`
 }
 
 // Kind is what a message is about.
@@ -48,8 +52,13 @@ const (
 // What the supervisor says.
 const (
 	Shutdown Kind = "shutdown" // ask the guest to end within Grace
-	Paused   Kind = "paused"   // the VM stands still: nobody can be let in
-	Resumed  Kind = "resumed"  // it goes on: set its clock
+	// Publish a port: Port says which, and the message carries its listening socket;
+	// without one, a published port leads elsewhere.
+	Publish   Kind = "publish"
+	Unpublish Kind = "unpublish" // end Port, and its connections
+	Resolve   Kind = "resolve"   // answer queries by Naming from now on
+	Paused    Kind = "paused"    // the VM stands still: nobody can be let in
+	Resumed   Kind = "resumed"   // it goes on: set its clock
 )
 
 // Why a guest ends, as Ending's Detail.
@@ -87,7 +96,7 @@ func Pair() (supervisor *Conn, gate *os.File, err error) {
 
 // Conn is an end of the connection between supervisor and gate.
 type Conn struct {
-	conn net.Conn
+	conn *net.UnixConn
 	mu   sync.Mutex // held while sending
 	buf  [messageMax + 1]byte
 }
@@ -98,11 +107,15 @@ func Open(f *os.File) (*Conn, error) {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, fmt.Errorf("cannot use the connection between supervisor and gate: %w", err)
 	}
-	return &Conn{conn: c}, nil
+	return &Conn{conn: c.(*net.UnixConn)}, nil
 }
 
 // Send sends m. It may be called by several at once.
-func (c *Conn) Send(m Message) error {
+func (c *Conn) Send(m Message) error { return c.SendFile(m, nil) }
+
+// SendFile sends m, and with it a descriptor of file, which stays the caller's;
+// nil is none.
+func (c *Conn) SendFile(m Message, file *os.File) error {
 	m.Detail = Printable(m.Detail, detailMax)
 	b, err := json.Marshal(m)
 	if err != nil {
@@ -110,14 +123,63 @@ func (c *Conn) Send(m Message) error {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_, err = c.conn.Write(b)
+	if file == nil {
+		_, err = c.conn.Write(b)
+		return err
+	}
+	_, _, err = c.conn.WriteMsgUnix(b, unix.UnixRights(int(file.Fd())), nil)
 	return err
 }
 
 // Receive waits for a message. Only one may wait. io.EOF says that the other
-// side has ended; a message that is none is an error.
+// side has ended; a message that is none is an error. A descriptor that comes with
+// it is closed.
 func (c *Conn) Receive() (Message, error) {
+	// Without room for it, the kernel closes it.
 	n, err := c.conn.Read(c.buf[:])
+	return c.decode(n, err)
+}
+
+// ReceiveFile is Receive for who takes a descriptor with a message; the file is
+// nil when there was none, and the caller's to close.
+func (c *Conn) ReceiveFile() (Message, *os.File, error) {
+	room := make([]byte, unix.CmsgSpace(4))
+	n, got, _, _, err := c.conn.ReadMsgUnix(c.buf[:], room)
+	if err == nil && n == 0 {
+		err = io.EOF
+	}
+	var file *os.File
+	if err == nil && got > 0 {
+		file, err = descriptor(room[:got])
+	}
+	m, err := c.decode(n, err)
+	if err != nil && file != nil {
+		err = errors.Join(err, file.Close())
+		file = nil
+	}
+	return m, file, err
+}
+
+// descriptor is the one that a control message holds.
+func descriptor(control []byte) (*os.File, error) {
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range messages {
+		fds, err := unix.ParseUnixRights(&m)
+		if err != nil {
+			continue // another kind
+		}
+		for _, fd := range fds {
+			unix.CloseOnExec(fd)
+			return os.NewFile(uintptr(fd), "passed"), nil
+		}
+	}
+	return nil, nil
+}
+
+func (c *Conn) decode(n int, err error) (Message, error) {
 	switch {
 	case errors.Is(err, net.ErrClosed), errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET), err == nil && n == 0:
 		return Message{}, io.EOF

@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/clawvm/clawvm/config"
@@ -38,7 +39,13 @@ func ImageUsers(ctx context.Context, l Layout) (func(digest string) []string, er
 			// Not "uses none": what a broken declaration needs is not known.
 			return nil, fmt.Errorf("cannot tell which image VM %s uses: %w", e.Name, err)
 		}
-		if image, err := store.Open(vm.Image); err == nil {
+		image, err := store.Open(vm.Image)
+		switch {
+		case errors.Is(err, storage.ErrNoImage):
+		case errors.Is(err, storage.ErrCorrupt): // no VM starts from it; it has to go before it is made again
+		case err != nil:
+			return nil, fmt.Errorf("cannot tell which image VM %s uses: %w", e.Name, err)
+		default:
 			users[image.Digest] = append(users[image.Digest], e.Name)
 		}
 	}

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+
+	shared "github.com/clawvm/clawvm/integration/world"
 )
 
 var updateGolden = flag.Bool("update", false, "rewrite the golden files in testdata")
@@ -233,7 +235,7 @@ func newRefuser(t *testing.T) *refuser {
 	if _, err := exec.LookPath("qemu-system-x86_64"); err != nil {
 		t.Skip("QEMU is not installed: its absence would be a problem of every VM (scripts/setup test)")
 	}
-	r := &refuser{world: &world{bin: w.bin, root: "/run/refuse"}, dir: t.TempDir()}
+	r := &refuser{world: &world{World: &shared.World{Bin: w.bin, Root: "/run/refuse"}, bin: w.bin, root: "/run/refuse"}, dir: t.TempDir()}
 	// Others pass through, as a test runs as one of them.
 	for _, d := range []string{r.dir, filepath.Dir(r.dir)} {
 		if err := os.Chmod(d, 0o755); err != nil {

@@ -107,7 +107,7 @@ func declaredSecrets(vm *config.VM) []secrets.Secret {
 	var list []secrets.Secret
 	for _, s := range vm.Secrets {
 		list = append(list, secrets.Secret{
-			VM: vm.Name, Name: s.Name, File: s.File, Generate: s.Generate, Stdin: s.Stdin, Mode: os.FileMode(s.Mode),
+			Name: s.Name, File: s.File, Generate: s.Generate, Stdin: s.Stdin, Mode: os.FileMode(s.Mode),
 		})
 	}
 	return list

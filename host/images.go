@@ -2,7 +2,6 @@ package host
 
 import (
 	"context"
-	"errors"
 	"fmt"
 
 	"github.com/clawvm/clawvm/config"
@@ -39,13 +38,7 @@ func ImageUsers(ctx context.Context, l Layout) (func(digest string) []string, er
 			// Not "uses none": what a broken declaration needs is not known.
 			return nil, fmt.Errorf("cannot tell which image VM %s uses: %w", e.Name, err)
 		}
-		image, err := store.Open(vm.Image)
-		switch {
-		case errors.Is(err, storage.ErrNoImage):
-		case errors.Is(err, storage.ErrCorrupt): // no VM starts from it; it has to go before it is made again
-		case err != nil:
-			return nil, fmt.Errorf("cannot tell which image VM %s uses: %w", e.Name, err)
-		default:
+		if image, err := store.Open(vm.Image); err == nil {
 			users[image.Digest] = append(users[image.Digest], e.Name)
 		}
 	}

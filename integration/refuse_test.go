@@ -172,6 +172,15 @@ var refusals = []refusal{
 	{name: "status-unknown-vm", args: []string{"status", "nothing"}},
 	{name: "down-unknown-vm", args: []string{"down", "nothing"}},
 	{name: "exec-down", vm: "image: small\n", args: []string{"exec", "vm", "true"}},
+	{name: "cp-nothing", vm: "image: small\n", args: []string{"cp", "DIR/empty"}},
+	{name: "cp-down", vm: "image: small\n", args: []string{"cp", "DIR/empty", "vm:/tmp"}},
+	{name: "cp-from-down", vm: "image: small\n", args: []string{"cp", "vm:/etc/passwd", "-"}},
+	{name: "cp-source-missing", vm: "image: small\n", args: []string{"cp", "DIR/nothing", "vm:/tmp"}},
+	{name: "cp-unknown-vm", args: []string{"cp", "nothing:/etc", "DIR/empty"}},
+	{name: "cp-no-vm", vm: "image: small\n", args: []string{"cp", "DIR/empty", "DIR/other"}},
+	{name: "cp-no-path", vm: "image: small\n", args: []string{"cp", "vm:", "DIR/other"}},
+	{name: "cp-bad-name", vm: "image: small\n", args: []string{"cp", "Bad_Name:/etc", "DIR/other"}},
+	{name: "cp-owners", vm: "image: small\n", args: []string{"cp", "-a", "DIR/empty", "vm:/tmp"}},
 	{name: "two-vms", vm: "image: nothing\n", args: []string{"up", "vm", "other"}, before: func(t *testing.T, r *refuser) {
 		r.declare(t, "other", "image: small\nmemory: 1MiB\n")
 	}},

@@ -32,30 +32,22 @@ func run(args []string) int {
 	}
 	var quiet silent
 	if !errors.As(err, &quiet) {
-		say(app, err)
+		say(err)
 	}
 	return exitCode(err)
 }
 
 // say prints an error on standard error: of many that are joined, each with the
-// program's name before it. The commands in it are as the user has to type them,
-// but for what is about the command line itself.
-func say(app *cli.App, err error) {
+// program's name before it.
+func say(err error) {
 	if joined, ok := err.(interface{ Unwrap() []error }); ok && joinedText(err, joined.Unwrap()) {
 		for _, e := range joined.Unwrap() {
-			say(app, e)
+			say(e)
 		}
 		return
 	}
-	text := strings.TrimRight(err.Error(), "\n")
-	var usage usageError
-	if root, ok := app.Metadata[rootKey].(string); ok && !errors.As(err, &usage) {
-		if l, err := host.LookLayout(root); err == nil {
-			text = pasteable(app, l, text)
-		}
-	}
 	// It may repeat what a guest, an image or a server on the network said.
-	fmt.Fprintln(os.Stderr, "clawvm:", onScreen(text))
+	fmt.Fprintln(os.Stderr, "clawvm:", onScreen(strings.TrimRight(err.Error(), "\n")))
 }
 
 // joinedText says whether err is only the errors of the list, and adds nothing.
@@ -94,7 +86,7 @@ func newApp() *cli.App {
 		Commands: []*cli.Command{
 			upCommand(), downCommand(), restartCommand(), reloadCommand(), pauseCommand(), resumeCommand(), rmCommand(),
 			lsCommand(), statusCommand(), logsCommand(), netCommand(),
-			execCommand(), shellCommand(),
+			execCommand(), shellCommand(), cpCommand(),
 			imageCommand(), kernelCommand(), secretCommand(), configCommand(),
 			doctorCommand(), gcCommand(), runCommand(),
 		},
@@ -252,16 +244,12 @@ func self(l host.Layout) string {
 	return strings.Join(words, " ")
 }
 
-// pasteable is a text in which the commands of this program, which packages below
-// write as `clawvm VERB`, are as the user would have to type them: with the same
-// path and the same root.
-func pasteable(app *cli.App, l host.Layout, text string) string {
-	var verbs []string
-	for _, c := range app.Commands {
-		verbs = append(verbs, c.Names()...)
-	}
-	own := regexp.MustCompile("(^|[\\s(`])clawvm ((?:" + strings.Join(verbs, "|") + ")\\b)")
-	return own.ReplaceAllString(text, "${1}"+strings.ReplaceAll(self(l), "$", "$$")+" ${2}")
+// ownCommand is a command of this program in a text, at its beginning or after a space, a parenthesis or a quote.
+var ownCommand = regexp.MustCompile("(^|[ (`])clawvm ([a-z])")
+
+// pasteable is a text whose commands of this program are as the user would have to type them.
+func pasteable(l host.Layout, text string) string {
+	return ownCommand.ReplaceAllString(text, "${1}"+strings.ReplaceAll(self(l), "$", "$$")+" ${2}")
 }
 
 // shellQuote is word as a POSIX shell reads it back.

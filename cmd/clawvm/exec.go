@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"strings"
 
@@ -77,17 +76,7 @@ func execIn(c *cli.Context, name string, req agent.ExecRequest, input bool) erro
 			req.Env["TERM"] = os.Getenv("TERM")
 		}
 	}
-	dial := func(ctx context.Context) (net.Conn, error) {
-		var d net.Dialer
-		conn, err := d.DialContext(ctx, "unix", l.VM(name).GateSocket())
-		if err != nil {
-			if _, lerr := host.Look(ctx, l, name); lerr != nil {
-				return nil, lerr
-			}
-			return nil, &host.CodedError{Code: host.ExitExec, Err: fmt.Errorf("cannot run a command in VM %s: it is not up; `%s up %s` brings it up", name, self(l), name)}
-		}
-		return conn, nil
-	}
+	dial := l.Enter(name, "run a command in", self(l), host.ExitExec)
 	// Signals are the command's, so the context must not end by them.
 	code, err := agent.Exec(context.WithoutCancel(c.Context), dial, req, stdio)
 	if err != nil {

@@ -7,6 +7,7 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -141,9 +142,34 @@ type ExecRequest struct {
 	TTY  bool              `json:"tty,omitempty"`  // on a terminal of its own, of Rows times Columns
 	Rows uint16            `json:"rows,omitempty"`
 	Cols uint16            `json:"cols,omitempty"`
+	Copy *CopyRequest      `json:"copy,omitempty"` // instead of Argv: carry files, as the command would be run
 }
 
+// CopyRequest asks for files of a guest, as a tar stream on the command's output, or for files to be made of one that is its input.
+type CopyRequest struct {
+	Path   string `json:"path"`             // absolute; what to send, or where to put it, as package tree does
+	Into   bool   `json:"into,omitempty"`   // into the guest
+	Name   string `json:"name,omitempty"`   // with Into: the name of the stream's top; "": a stream with any names
+	Follow bool   `json:"follow,omitempty"` // without Into: send what a symbolic link leads to
+	Owners bool   `json:"owners,omitempty"` // with Into: owners and special bits as in the stream
+}
+
+// CopyIncomplete is the exit code of a copy out of a guest that left out, or could not read all of, what its standard error names.
+const CopyIncomplete = 2
+
 func (r *ExecRequest) check() error {
+	if r.Copy != nil {
+		if len(r.Argv) > 0 || r.TTY {
+			return errors.New("cannot copy: a copy has neither arguments nor a terminal")
+		}
+		if err := guest.CheckCommand([]string{r.Copy.Path, r.Copy.Name}, r.Env, r.User, r.Cwd); err != nil {
+			return fmt.Errorf("cannot copy: %w", err)
+		}
+		if !strings.HasPrefix(r.Copy.Path, "/") {
+			return fmt.Errorf("cannot copy: %q isn't an absolute path", clean(r.Copy.Path))
+		}
+		return nil
+	}
 	if err := guest.CheckCommand(r.Argv, r.Env, r.User, r.Cwd); err != nil {
 		return fmt.Errorf("cannot run the command: %w", err)
 	}

@@ -14,6 +14,9 @@ func Main() int {
 	if len(os.Args) == 1 && os.Args[0] == stageName {
 		return runStage()
 	}
+	if len(os.Args) == 2 && os.Args[0] == copyName {
+		return runCopy(os.Args[1])
+	}
 	if os.Getpid() != 1 {
 		fmt.Fprintf(os.Stderr, "clawvm-init %s is the first process of a clawvm guest; it does nothing else\n", version())
 		return 2

@@ -3,6 +3,7 @@ package boot
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -44,9 +45,13 @@ func (r *runner) spec(req agent.ExecRequest) (*stageSpec, *account, error) {
 			cwd = r.workload.Cwd
 		}
 	}
+	argv, path, err := program(req)
+	if err != nil {
+		return nil, nil, err
+	}
 	who, err := lookupAccount(r.etc, user)
 	if err != nil {
-		return nil, nil, fmt.Errorf("cannot run %s: %w", req.Argv[0], err)
+		return nil, nil, fmt.Errorf("cannot run %s: %w", argv[0], err)
 	}
 	env := who.environment()
 	if r.workload != nil && !req.Root {
@@ -56,11 +61,23 @@ func (r *runner) spec(req agent.ExecRequest) (*stageSpec, *account, error) {
 		env["TERM"] = "xterm"
 	}
 	maps.Copy(env, req.Env)
-	spec := &stageSpec{Argv: req.Argv, Cwd: cwd, Home: who.Home, UID: who.UID, GID: who.GID, Groups: who.Groups, Sandboxed: !req.Root}
+	spec := &stageSpec{Path: path, Argv: argv, Cwd: cwd, Home: who.Home, UID: who.UID, GID: who.GID, Groups: who.Groups, Sandboxed: !req.Root}
 	for _, k := range slices.Sorted(maps.Keys(env)) {
 		spec.Env = append(spec.Env, k+"="+env[k])
 	}
 	return spec, who, nil
+}
+
+// program says which program a request is for: the one that it names, or this one, which carries files.
+func program(req agent.ExecRequest) (argv []string, path string, err error) {
+	if req.Copy == nil {
+		return req.Argv, "", nil
+	}
+	text, err := json.Marshal(req.Copy)
+	if err != nil {
+		return nil, "", err
+	}
+	return []string{copyName, string(text)}, "/proc/self/exe", nil
 }
 
 // Command prepares what a host asks for.
@@ -71,7 +88,7 @@ func (r *runner) Command(req agent.ExecRequest) (*agent.Command, error) {
 	}
 	cmd, files, err := stageCommand(spec, r.box, nil)
 	if err != nil {
-		return nil, fmt.Errorf("cannot run %s: %w", req.Argv[0], err)
+		return nil, fmt.Errorf("cannot run %s: %w", spec.Argv[0], err)
 	}
 	dir, err := r.group.place(cmd)
 	if err != nil {

@@ -37,6 +37,7 @@ const (
 
 // stageSpec is what a stage does.
 type stageSpec struct {
+	Path      string // the program; "": Argv[0] as it is found on the PATH
 	Argv      []string
 	Env       []string
 	Cwd       string // "": Home if it can be entered, else /
@@ -104,16 +105,19 @@ func (s *stageSpec) become() (int, error) {
 	if err := s.enterDirectory(); err != nil {
 		return exitStage, err
 	}
-	path, err := lookPath(s.Argv[0], s.Env)
-	if err != nil {
-		return exitNotFound, err
+	path := s.Path
+	if path == "" {
+		var err error
+		if path, err = lookPath(s.Argv[0], s.Env); err != nil {
+			return exitNotFound, err
+		}
 	}
 	if s.Sandboxed {
 		if err := applyFilter(); err != nil {
 			return exitStage, err
 		}
 	}
-	err = &fs.PathError{Op: "exec", Path: path, Err: syscall.Exec(path, s.Argv, s.Env)}
+	err := error(&fs.PathError{Op: "exec", Path: path, Err: syscall.Exec(path, s.Argv, s.Env)})
 	if errors.Is(err, fs.ErrNotExist) { // a missing interpreter
 		return exitNotFound, fmt.Errorf("cannot run %s: %w", s.Argv[0], err)
 	}

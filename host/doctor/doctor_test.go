@@ -244,8 +244,9 @@ func TestHangingCheck(t *testing.T) {
 	never := make(chan struct{})
 	defer close(never)
 	c := check{name: "slow", do: func(context.Context, *look) []Finding { <-never; return nil }}
-	k := &look{Options: Options{Limit: time.Millisecond}}
-	if got := lines(c.run(t.Context(), k)...); got != "unknown slow: no answer within 1ms → give it more time: --timeout\n" {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if got := lines(c.run(ctx, &look{})...); got != "unknown slow: no answer within 2.8s\n" {
 		t.Error(got)
 	}
 }

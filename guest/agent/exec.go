@@ -22,14 +22,16 @@ import (
 type Stdio struct {
 	In       io.Reader // nil: no input
 	Out, Err io.Writer // nil: thrown away. With a TTY all output goes to Out
-	Terminal *os.File  // with a TTY the terminal that gives the window's size and is set to raw mode; nil: none
+	Terminal *os.File  // with a TTY the terminal that gives the window's size and, with In, is set to raw mode; nil: none
 
-	// Signals are passed on to the command. nil with no Terminal: INT, TERM, HUP, QUIT, USR1 and USR2 of this process.
+	// Signals are passed on to the command. nil: INT, TERM, HUP, QUIT, USR1 and USR2 of this process. With a terminal in raw mode, on
+	// which the keys are the command's, INT, TERM, HUP and QUIT end Exec instead: they can only come from outside.
 	Signals <-chan os.Signal
 }
 
 // Exec runs a command in a guest, over a connection to its gate, and returns its exit code: 128+n when signal n ended it, 127 when it
-// wasn't found, 126 when it could not be executed. When the context ends, the connection is closed and the command gets SIGHUP.
+// wasn't found, 126 when it could not be executed. When the context ends, or a signal ends Exec (then the code is 128+n), the
+// connection is closed and the command gets SIGHUP, and soon after SIGKILL.
 func Exec(ctx context.Context, dial func(context.Context) (net.Conn, error), req ExecRequest, stdio Stdio) (code int, err error) {
 	if err := req.check(); err != nil {
 		return 0, err
@@ -57,6 +59,9 @@ func Exec(ctx context.Context, dial func(context.Context) (net.Conn, error), req
 	stop()
 	e.end()
 	closeQuietly(conn)
+	if sig := e.endedBy(); sig != 0 {
+		return 128 + int(sig), nil
+	}
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -106,15 +111,17 @@ type execClient struct {
 	stdio Stdio
 	tty   bool
 	ended chan struct{}
-	saved *term.State
 
-	mu     sync.Mutex
-	change *sync.Cond
-	credit int // bytes of input that may be sent; -1: no more at all
+	mu      sync.Mutex
+	change  *sync.Cond
+	credit  int            // bytes of input that may be sent; -1: no more at all
+	saved   *term.State    // how the terminal was; nil: it is so
+	endedAs syscall.Signal // what ended Exec, 0: nothing
 }
 
 func (e *execClient) prepare() (err error) {
-	if e.tty && e.stdio.Terminal != nil && term.IsTerminal(int(e.stdio.Terminal.Fd())) {
+	// Without input nobody would read the keys, and ^C must go on to end this program.
+	if e.tty && e.stdio.In != nil && e.stdio.Terminal != nil && term.IsTerminal(int(e.stdio.Terminal.Fd())) {
 		if e.saved, err = term.MakeRaw(int(e.stdio.Terminal.Fd())); err != nil {
 			return fmt.Errorf("cannot prepare the terminal: %w", err)
 		}
@@ -123,28 +130,55 @@ func (e *execClient) prepare() (err error) {
 }
 
 func (e *execClient) restore() error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
 	if e.saved == nil {
 		return nil
 	}
-	if err := term.Restore(int(e.stdio.Terminal.Fd()), e.saved); err != nil {
+	saved := e.saved
+	e.saved = nil
+	if err := term.Restore(int(e.stdio.Terminal.Fd()), saved); err != nil {
 		return fmt.Errorf("cannot restore the terminal, `reset` does: %w", err)
 	}
 	return nil
+}
+
+// resume sets the terminal to raw mode again, which a shell that stopped this program has taken from it.
+func (e *execClient) resume() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.saved == nil {
+		return
+	}
+	if _, err := term.MakeRaw(int(e.stdio.Terminal.Fd())); err != nil {
+		return // it is gone, which reading from it reports
+	}
+}
+
+// quit ends Exec because of a signal.
+func (e *execClient) quit(sig syscall.Signal) {
+	e.mu.Lock()
+	e.endedAs = sig
+	e.mu.Unlock()
+	closeQuietly(e.conn)
+}
+
+func (e *execClient) endedBy() syscall.Signal {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.endedAs
 }
 
 // passSignals passes on signals, and changes of the window's size, until the returned function is called.
 func (e *execClient) passSignals() (stop func()) {
 	own := make(chan os.Signal, 16)
 	signals := e.stdio.Signals
-	switch {
-	case e.tty && e.stdio.Terminal != nil:
-		signal.Notify(own, syscall.SIGWINCH)
-		if signals == nil {
-			signals = own
-		}
-	case signals == nil:
+	onTerminal := e.tty && e.stdio.Terminal != nil
+	if onTerminal {
+		signal.Notify(own, syscall.SIGWINCH, syscall.SIGCONT)
+	}
+	if signals == nil {
 		signal.Notify(own, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1, syscall.SIGUSR2)
-		signals = own
 	}
 	go func() {
 		for {
@@ -152,13 +186,29 @@ func (e *execClient) passSignals() (stop func()) {
 			case <-e.ended:
 				return
 			case s := <-own:
-				e.passSignal(s)
+				e.ownSignal(s, onTerminal && e.stdio.In != nil)
 			case s := <-signals:
 				e.passSignal(s)
 			}
 		}
 	}()
 	return func() { signal.Stop(own) }
+}
+
+// ownSignal does what a signal to this process asks for; raw: the keys are the command's.
+func (e *execClient) ownSignal(s os.Signal, raw bool) {
+	switch s {
+	case syscall.SIGCONT:
+		e.resume()
+		e.passSignal(syscall.SIGWINCH)
+		return
+	case syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT:
+		if raw {
+			e.quit(s.(syscall.Signal))
+			return
+		}
+	}
+	e.passSignal(s)
 }
 
 func (e *execClient) passSignal(s os.Signal) {
@@ -197,6 +247,9 @@ func (e *execClient) sendInput() {
 				break
 			}
 		}
+	}
+	if e.stdio.In == nil && e.tty {
+		return // a terminal that nobody types on has no end
 	}
 	if e.out.write(frameEOF, nil) != nil {
 		return

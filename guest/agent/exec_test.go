@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/creack/pty"
+	"golang.org/x/term"
 )
 
 // run runs a command through client, gate and server.
@@ -308,6 +310,66 @@ func TestExecHangsUp(t *testing.T) {
 			data, err := os.ReadFile(mark)
 			return err == nil && string(data) == "yes\n"
 		})
+	}
+}
+
+// TestExecAProgramThatIgnoresTheHangUp is killed after a while.
+func TestExecAProgramThatIgnoresTheHangUp(t *testing.T) {
+	for _, tty := range []bool{false, true} {
+		t.Run(fmt.Sprint("tty ", tty), func(t *testing.T) {
+			t.Parallel()
+			var out syncBuffer
+			ctx, cancel := context.WithCancel(context.Background())
+			req := sh("trap '' HUP; echo $$ up; while :; do sleep 0.05; done")
+			req.TTY = tty
+			result := make(chan error, 1)
+			go func() {
+				_, err := Exec(ctx, gate(t, connected(t, newTestServer(), false)), req, Stdio{Out: &out, Signals: make(chan os.Signal)})
+				result <- err
+			}()
+			eventually(t, "started", func() bool { return strings.Contains(out.String(), "up") })
+			cancel()
+			if err := <-result; !errors.Is(err, context.Canceled) {
+				t.Error(err)
+			}
+			pid, err := strconv.Atoi(strings.Fields(out.String())[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			eventually(t, "killed", func() bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) })
+		})
+	}
+}
+
+// TestExecWithoutInputLeavesTheTerminalAlone has a terminal that nobody types on: it stays as it is, and the program has no end of
+// input.
+func TestExecWithoutInputLeavesTheTerminalAlone(t *testing.T) {
+	master, slave, err := pty.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { closeQuietly(master); closeQuietly(slave) })
+	before, err := term.GetState(int(slave.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out syncBuffer
+	signals := make(chan os.Signal, 1)
+	result := make(chan int, 1)
+	go func() {
+		code, err := run(t, sh2tty(`trap 'exit 4' INT; echo up; cat; echo end of input; while :; do sleep 0.05; done`), Stdio{Out: &out, Terminal: slave, Signals: signals})
+		if err != nil {
+			t.Error(err)
+		}
+		result <- code
+	}()
+	eventually(t, "started", func() bool { return strings.Contains(out.String(), "up") })
+	if now, err := term.GetState(int(slave.Fd())); err != nil || *now != *before {
+		t.Errorf("the terminal's state was changed, %v", err)
+	}
+	signals <- syscall.SIGINT
+	if code := <-result; code != 4 || strings.Contains(out.String(), "end of input") {
+		t.Errorf("ended with %d: %q", code, out.String())
 	}
 }
 

@@ -302,8 +302,18 @@ func (e *session) signal(sig syscall.Signal) {
 	}
 }
 
-// hangUp is what closing a terminal's window does.
-func (e *session) hangUp() { e.signal(syscall.SIGHUP) }
+// hangUpGrace is how long a program whose host has gone may take to end.
+const hangUpGrace = 5 * time.Second
+
+// hangUp is what closing a terminal's window does. A program that doesn't mind is killed: nobody could reach it any more. What it
+// started in process groups of its own (nohup in a shell, a daemon) goes on.
+func (e *session) hangUp() {
+	e.signal(syscall.SIGHUP)
+	if e.terminal != nil {
+		closeQuietly(e.terminal)
+	}
+	time.AfterFunc(hangUpGrace, func() { e.signal(syscall.SIGKILL) })
+}
 
 // abandon waits for a program that lost its connection before it was served.
 func (e *session) abandon() {

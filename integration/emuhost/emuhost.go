@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"testing"
 	"time"
 )
@@ -36,9 +37,9 @@ type Options struct {
 	// after Close or Kill, and it is as after a reboot or a power failure. "": everything is forgotten.
 	Disk string
 
-	// InstructionClock lets the server's clock run by its instructions, which keeps time limits inside true
-	// at the price of one CPU and about a minute for a second of it.
-	InstructionClock bool
+	// Slow makes a second of the server's clock so many of the machine's, for what has time limits that an
+	// emulated processor doesn't keep. It takes one CPU and Debian's libfaketime on the machine. 0: the machine's time.
+	Slow int
 
 	Console io.Writer // gets the server's serial console; nil: only its end is kept, for messages
 }
@@ -64,6 +65,9 @@ func Start(t testing.TB, o Options) *Host {
 		t.Fatal(err)
 	}
 	h, err := base.Boot(ctx, o)
+	if errors.Is(err, ErrUnavailable) {
+		t.Skip(err)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,11 +105,14 @@ func (o *Options) fill() error {
 	if o.MemoryMB == 0 {
 		o.MemoryMB = 3072
 	}
-	if o.InstructionClock {
-		o.VCPUs = 1 // QEMU counts the instructions of one thread only
+	if o.Slow != 0 {
+		if _, err := os.Stat(slowClock); err != nil {
+			return fmt.Errorf("%w: Debian's package libfaketime, which makes the server's clock slow, is not installed: %w", ErrUnavailable, err)
+		}
+		o.VCPUs = 1 // see slowClock
 	}
-	if o.VCPUs < 0 || o.MemoryMB < 512 {
-		return fmt.Errorf("cannot emulate a host with %d CPUs and %d MiB", o.VCPUs, o.MemoryMB)
+	if o.Slow < 0 || o.VCPUs < 0 || o.MemoryMB < 512 {
+		return fmt.Errorf("cannot emulate a host with %d CPUs and %d MiB, %d times slower", o.VCPUs, o.MemoryMB, o.Slow)
 	}
 	return nil
 }

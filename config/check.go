@@ -17,6 +17,7 @@ func (d *decoder) crossCheck(vm *VM, root place) {
 	if vm.Run != nil && vm.OpenClaw != nil {
 		d.failAt("openclaw", "is there beside run", "one of the two")
 	}
+	d.fillHealth(vm)
 	if vm.NoGateway && len(vm.Ports) > 0 {
 		d.failAt("ports", "are published, and with gateway: none the guest has no way to answer", "no ports, or a gateway and egress: {mode: none}")
 	}

@@ -138,7 +138,7 @@ func TestEveryFieldIsReachable(t *testing.T) {
 		collect(reflect.ValueOf(*vm), set)
 	}
 	for _, typ := range []any{
-		VM{}, Overlay{}, Volume{}, Share{}, Secret{}, Port{}, Egress{}, Run{}, Ready{}, HTTPReady{}, Stop{},
+		VM{}, Overlay{}, Volume{}, Share{}, Secret{}, Port{}, Egress{}, Run{}, Ready{}, HTTPReady{}, Health{}, Stop{},
 		OpenClaw{}, OpenClawAuth{}, OpenClawTelegram{}, OpenClawProvider{},
 	} {
 		for _, f := range reflect.VisibleFields(reflect.TypeOf(typ)) {

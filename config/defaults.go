@@ -13,6 +13,11 @@ const (
 	DefaultSecretMode  = 0o400
 	DefaultStopSignal  = "TERM"
 	DefaultStopTimeout = 30 * time.Second
+	// Of health: docker's interval and retries, and a time that a busy program can keep.
+	DefaultHealthInterval = 30 * time.Second
+	DefaultHealthTimeout  = 5 * time.Second
+	DefaultHealthRetries  = 3
+
 	DefaultUser        = "nobody" // no image needs a user of its own for it, and it isn't root
 	DefaultPort        = 18789    // the OpenClaw gateway's own default
 	DefaultTokenSecret = "gateway-token"
@@ -58,6 +63,7 @@ const (
 	maxNameservers    = 4       // each query may wait for all of them, and a guest waits 5 s
 	minUIDBase        = 100_000 // below are the host's own users
 	maxTimeout        = time.Hour
+	maxRetries        = 1000
 )
 
 func (vm *VM) fillDefaults() {

@@ -35,7 +35,7 @@ func (vm *VM) show() []pair {
 		{"image", vm.Image}, {"vcpus", vm.VCPUs}, {"memory", vm.Memory.String()}, {"vmm", vm.VMM}, {"kernel", optional(vm.Kernel)},
 		{"address", nil}, {"mac", optional(vm.MAC)}, {"tap", optional(vm.TAP)}, {"hostname", vm.Hostname}, {"gateway", nil},
 		{"nameservers", listOf(vm.Nameservers)}, {"overlay", nil}, {"volumes", nil}, {"shares", nil}, {"secrets", nil},
-		{"ports", nil}, {"egress", []pair{{"mode", vm.Egress.Mode}}}, {"restart", vm.Restart}, {"run", nil}, {"openclaw", nil},
+		{"ports", nil}, {"egress", []pair{{"mode", vm.Egress.Mode}}}, {"restart", vm.Restart}, {"health", nil}, {"run", nil}, {"openclaw", nil},
 	}
 	set := func(key string, value any) {
 		all[slices.IndexFunc(all, func(p pair) bool { return p.key == key })].value = value
@@ -71,6 +71,11 @@ func (vm *VM) show() []pair {
 	if len(vm.Ports) > 0 {
 		set("ports", listOf(vm.Ports))
 	}
+	if vm.Health != nil {
+		set("health", vm.Health.show())
+	} else if vm.OpenClaw != nil {
+		set("health", false)
+	}
 	if vm.Run != nil {
 		set("run", vm.Run.show())
 	}
@@ -101,16 +106,7 @@ func (r *Run) show() []pair {
 		all = append(all, pair{"env", env})
 	}
 	all = append(all, pair{"user", r.User}, pair{"cwd", r.Cwd})
-	var ready []pair
-	if r.Ready.TCP > 0 {
-		ready = append(ready, pair{"tcp", r.Ready.TCP})
-	}
-	if h := r.Ready.HTTP; h != nil {
-		ready = append(ready, pair{"http", []pair{{"port", h.Port}, {"path", h.Path}, {"status", h.Status}}})
-	}
-	if len(r.Ready.Exec) > 0 {
-		ready = append(ready, pair{"exec", apply(r.Ready.Exec, func(s string) any { return s })})
-	}
+	ready := showCheck(r.Ready.TCP, r.Ready.HTTP, r.Ready.Exec)
 	if r.Ready.Timeout > 0 {
 		ready = append(ready, pair{"timeout", r.Ready.Timeout.String()})
 	}
@@ -122,6 +118,18 @@ func (r *Run) show() []pair {
 		all = append(all, pair{"noRestart", apply(r.NoRestart, func(i int) any { return i })})
 	}
 	return all
+}
+
+func showCheck(tcp int, http *HTTPReady, exec []string) []pair {
+	switch {
+	case tcp > 0:
+		return []pair{{"tcp", tcp}}
+	case http != nil:
+		return []pair{{"http", []pair{{"port", http.Port}, {"path", http.Path}, {"status", http.Status}}}}
+	case len(exec) > 0:
+		return []pair{{"exec", apply(exec, func(s string) any { return s })}}
+	}
+	return nil
 }
 
 func (o *OpenClaw) show() []pair {

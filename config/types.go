@@ -36,6 +36,9 @@ type VM struct {
 	Egress  Egress
 	Restart string // RestartNo, RestartOnFailure or RestartAlways
 
+	// Health is nil where nobody looks after the workload was ready.
+	Health *Health
+
 	// At most one of the two is set. With neither, the guest comes up, answers its agent, and runs nothing.
 	Run      *Run
 	OpenClaw *OpenClaw
@@ -122,6 +125,18 @@ type Ready struct {
 	HTTP    *HTTPReady
 	Exec    []string      // a command that ends with 0
 	Timeout time.Duration // 0: the limit of `up`
+}
+
+// Health says how it is looked, after the workload was ready, whether it still does what it is for. At most one of TCP, HTTP and
+// Exec is set; none only with the profile OpenClaw, which knows what to ask.
+type Health struct {
+	TCP      int
+	HTTP     *HTTPReady
+	Exec     []string
+	Interval time.Duration // from one look to the next
+	Timeout  time.Duration // of one look
+	Retries  int           // so many failures in a row, and it is unhealthy
+	Restart  bool          // an unhealthy workload is stopped, and VM.Restart decides what follows
 }
 
 // HTTPReady is a GET that answers with a status.

@@ -66,6 +66,7 @@ func (d *decoder) vm(n *node, path string, vm *VM, h *Host) {
 				vm.Restart = s
 			}
 		}},
+		field{"health", func(n *node, p string) { vm.Health = d.health(n, p) }},
 		field{"run", func(n *node, p string) { vm.Run = d.run(n, p) }},
 		field{"openclaw", func(n *node, p string) { vm.OpenClaw = d.openClaw(n, p) }},
 	)

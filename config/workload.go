@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 )
 
 // signals that a workload may be asked to end by.
@@ -95,11 +96,20 @@ func (d *decoder) env(n *node, path string) map[string]string {
 }
 
 func (d *decoder) ready(n *node, path string) Ready {
+	var limit time.Duration
+	r := d.look(n, path, "; with none it is ready once started", field{"timeout", func(n *node, p string) { limit = d.duration(n, p) }})
+	r.Timeout = limit
+	return r
+}
+
+// look reads a mapping with one of tcp, http and exec, and more fields; with says
+// what it is with none of the three.
+func (d *decoder) look(n *node, path, with string, more ...field) Ready {
 	var r Ready
 	kinds := []string{"tcp", "http", "exec"}
-	read := d.fields(n, path,
-		field{"tcp", func(n *node, p string) { r.TCP = d.port(n, p) }},
-		field{"http", func(n *node, p string) {
+	read := d.fields(n, path, append([]field{
+		{"tcp", func(n *node, p string) { r.TCP = d.port(n, p) }},
+		{"http", func(n *node, p string) {
 			h := &HTTPReady{Path: "/", Status: 200}
 			d.fields(n, p,
 				field{"port", func(n *node, p string) { h.Port = d.port(n, p) }},
@@ -120,9 +130,8 @@ func (d *decoder) ready(n *node, path string) Ready {
 			d.require(n, p, "port")
 			r.HTTP = h
 		}},
-		field{"exec", func(n *node, p string) { r.Exec = d.argv(n, p) }},
-		field{"timeout", func(n *node, p string) { r.Timeout = d.duration(n, p) }},
-	)
+		{"exec", func(n *node, p string) { r.Exec = d.argv(n, p) }},
+	}, more...)...)
 	there := 0
 	for _, k := range kinds {
 		if n.get(k) != nil {
@@ -130,7 +139,7 @@ func (d *decoder) ready(n *node, path string) Ready {
 		}
 	}
 	if read && there > 1 {
-		d.fail(n.place, path, howMany(n, kinds...), "one of "+strings.Join(kinds, ", ")+"; with none it is ready once started")
+		d.fail(n.place, path, howMany(n, kinds...), "one of "+strings.Join(kinds, ", ")+with)
 	}
 	return r
 }

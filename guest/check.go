@@ -214,6 +214,11 @@ func (w *Workload) check() error {
 	if err := w.Ready.check(); err != nil {
 		return fmt.Errorf("ready: %w", err)
 	}
+	if w.Health != nil {
+		if err := w.Health.check(); err != nil {
+			return fmt.Errorf("health: %w", err)
+		}
+	}
 	if _, ok := Signals[w.Stop.Signal]; !ok && w.Stop.Signal != "" {
 		return fmt.Errorf("stop: signal %q is none of TERM, INT, QUIT, HUP, USR1, USR2, KILL", w.Stop.Signal)
 	}
@@ -312,6 +317,21 @@ func (r *Ready) check() error {
 	}
 	if r.Timeout < 0 || r.Timeout > maxSeconds {
 		return fmt.Errorf("timeout %d isn't between 0 and %d seconds", r.Timeout, maxSeconds)
+	}
+	return nil
+}
+
+func (h *Health) check() error {
+	if err := h.Check.check(); err != nil {
+		return err
+	}
+	if h.Check.TCP == 0 && h.Check.HTTP == nil && len(h.Check.Exec) == 0 || h.Check.Timeout != 0 {
+		return fmt.Errorf("check needs one of tcp, http and exec, and nothing else")
+	}
+	for name, n := range map[string]int{"interval": h.Interval, "timeout": h.Timeout, "retries": h.Retries} {
+		if n < 1 || n > maxSeconds {
+			return fmt.Errorf("%s %d isn't between 1 and %d", name, n, maxSeconds)
+		}
 	}
 	return nil
 }

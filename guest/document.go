@@ -136,6 +136,7 @@ type Workload struct {
 	Stop      Stop              `json:"stop"`
 	Restart   string            `json:"restart"`             // RestartNo, RestartOnFailure or RestartAlways
 	NoRestart []int             `json:"noRestart,omitempty"` // exit codes that end it whatever Restart says
+	Health    *Health           `json:"health,omitempty"`    // nil: nobody looks after it was ready
 }
 
 // Ready says when the workload is ready: at most one of TCP, HTTP and Exec is set; none means as soon as it is started.
@@ -144,6 +145,15 @@ type Ready struct {
 	HTTP    *HTTPReady `json:"http,omitempty"`
 	Exec    []string   `json:"exec,omitempty"`    // a command, run as the workload is, that exits with 0
 	Timeout int        `json:"timeout,omitempty"` // seconds after a start until the agent reports that it isn't ready yet; 0: never
+}
+
+// Health says how it is looked, after the workload was ready, whether it still does what it is for.
+type Health struct {
+	Check    Ready `json:"check"`             // exactly one of TCP, HTTP and Exec
+	Interval int   `json:"interval"`          // seconds from one look to the next
+	Timeout  int   `json:"timeout"`           // seconds that a look may take
+	Retries  int   `json:"retries"`           // so many failures in a row, and it is unhealthy
+	Restart  bool  `json:"restart,omitempty"` // an unhealthy workload is stopped; that is a failure, and Restart of the workload decides
 }
 
 // HTTPReady is a GET that answers with a status.

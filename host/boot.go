@@ -150,6 +150,7 @@ func document(vm *config.VM, u user, f documentFacts) (*guest.Document, error) {
 		if h := r.Ready.HTTP; h != nil {
 			doc.Workload.Ready.HTTP = &guest.HTTPReady{Port: h.Port, Path: h.Path, Status: h.Status}
 		}
+		doc.Workload.Health = healthOf(vm.Health, guest.Ready{})
 	}
 	return doc, nil
 }
@@ -171,7 +172,28 @@ func gatewayWorkload(doc *guest.Document, vm *config.VM) error {
 		Ready: guest.Ready{HTTP: &guest.HTTPReady{Port: w.Ready.Port, Path: w.Ready.Path, Status: w.Ready.Status}},
 		Stop:  guest.Stop{Timeout: int(gatewayStop / time.Second)},
 	}
+	doc.Workload.Health = healthOf(vm.Health, guest.Ready{
+		HTTP: &guest.HTTPReady{Port: w.Health.Port, Path: w.Health.Path, Status: w.Health.Status},
+	})
 	return nil
+}
+
+// healthOf is the declaration's health check in the boot document; other is the
+// check of one that names none.
+func healthOf(h *config.Health, other guest.Ready) *guest.Health {
+	if h == nil {
+		return nil
+	}
+	check := guest.Ready{TCP: h.TCP, Exec: h.Exec}
+	if h.HTTP != nil {
+		check.HTTP = &guest.HTTPReady{Port: h.HTTP.Port, Path: h.HTTP.Path, Status: h.HTTP.Status}
+	}
+	if check.TCP == 0 && check.HTTP == nil && len(check.Exec) == 0 {
+		check = other
+	}
+	return &guest.Health{
+		Check: check, Interval: int(h.Interval / time.Second), Timeout: int(h.Timeout / time.Second), Retries: h.Retries, Restart: h.Restart,
+	}
 }
 
 // gatewayProfile is the declaration's profile in the words of package openclaw.

@@ -37,6 +37,8 @@ type Status struct {
 	VMRestarts int `json:"vmRestarts,omitempty"`
 	// Since is since when the workload is ready without a break; zero when it isn't.
 	Since time.Time `json:"since,omitzero"`
+	// Check is what the workload's health check found last; nil before the first.
+	Check *HealthCheck `json:"check,omitempty"`
 	// Again is when the VM is started again, of one that is Restarting.
 	Again time.Time `json:"again,omitzero"`
 	// Previous is how the life before this one ended.
@@ -48,6 +50,17 @@ type Status struct {
 	// Lost is why the guest's agent can't be reached any more; the guest may live on.
 	Lost string `json:"lost,omitempty"`
 	PID  int    `json:"pid"` // the supervisor's
+}
+
+// HealthCheck is the health of a workload that was ready.
+type HealthCheck struct {
+	// Time is when the guest told of it: of checks that pass, the first of a row.
+	Time time.Time `json:"time"`
+	// Failures counts those in a row; Unhealthy: they are too many.
+	Failures  int  `json:"failures,omitempty"`
+	Unhealthy bool `json:"unhealthy,omitempty"`
+	// Answer is what was wrong.
+	Answer string `json:"answer,omitempty"`
 }
 
 // State is where a VM is in its life.

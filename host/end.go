@@ -134,8 +134,13 @@ func (l *life) endsBy(err error) bool {
 
 // awaitEnd waits for whatever ends a VM that is ready, and says how it ended.
 func (l *life) awaitEnd(ctx context.Context) (EndKind, error) {
-	what, err := l.wait(ctx, watch{vmm: true, parts: true, asks: true})
+	what, err := l.wait(ctx, watch{vmm: true, parts: true, asks: true, until: func(m gate.Message) bool {
+		return m.Kind == gate.Lost && l.restartsSick()
+	}})
 	switch what {
+	case told:
+		// Its disks may still be finished: the power button is not the agent's.
+		return EndAgent, errors.Join(fmt.Errorf("VM %s: the guest's agent does not answer any more: %s", l.name, l.Status().Lost), l.shutDown(0))
 	case asked:
 		return EndByOwner, nil
 	case vmmGone:
@@ -160,7 +165,7 @@ func (l *life) heed(m gate.Message) {
 		l.workload = &m
 		l.logf("the workload ended: %s", m.Detail)
 		l.update(func(st *Status) {
-			st.Workload, st.Since = m.Detail, time.Time{}
+			st.Workload, st.Since, st.Check = m.Detail, time.Time{}, nil
 			if m.Again {
 				st.Restarts++
 				st.Faults = addFault(st.Faults, Fault{time.Now().UTC(), workloadEnd(m), "the workload ended: " + m.Detail})
@@ -178,6 +183,8 @@ func (l *life) heed(m gate.Message) {
 		l.heedClock(m)
 	case gate.Ready:
 		l.update(func(st *Status) { st.Since = time.Now().UTC() })
+	case gate.Checked:
+		l.heedHealth(m)
 	case gate.Connected:
 	default:
 		l.logf("the gate said what is not understood: %q", m.Kind)

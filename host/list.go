@@ -32,6 +32,8 @@ type Entry struct {
 const (
 	HealthStarting    = "starting"    // the workload has not answered yet
 	HealthReady       = "ready"       // it has answered
+	HealthHealthy     = "healthy"     // its health check passes
+	HealthUnhealthy   = "unhealthy"   // its health check fails
 	HealthRestarting  = "restarting"  // it ended, and is started again
 	HealthUnreachable = "unreachable" // the guest's agent is not heard of any more
 	HealthCrashLoop   = "crash-loop"  // VM or workload ends again and again
@@ -56,6 +58,10 @@ func (st Status) health(now time.Time) (health, why string) {
 			return HealthUnreachable, "the guest's agent does not answer: " + st.Lost
 		case st.Since.IsZero():
 			return HealthRestarting, "the workload ended: " + st.Workload
+		case st.Check != nil && st.Check.Unhealthy:
+			return HealthUnhealthy, st.Check.String()
+		case st.Check != nil:
+			return HealthHealthy, ""
 		}
 		return HealthReady, ""
 	}

@@ -280,7 +280,7 @@ const restartStep = "restart"
 
 // nextLife is the status between a life that ended as e says and the next.
 func (st Status) nextLife(e End, pause time.Duration) Status {
-	st.State, st.Step, st.Ready, st.Since, st.Lost = Restarting, "", time.Time{}, time.Time{}, ""
+	st.State, st.Step, st.Ready, st.Since, st.Lost, st.Check = Restarting, "", time.Time{}, time.Time{}, "", nil
 	st.Again = e.Time.Add(pause)
 	if e.Kind == EndReboot {
 		st.Reboots++

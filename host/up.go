@@ -58,6 +58,8 @@ type life struct {
 	workload  *gate.Message   // how the workload ended last
 	announced *gate.Message   // how the guest said that it ends
 
+	healthSaid time.Time // when a change of the health was logged last
+
 	paused   bool          // see pause.go
 	clockSet chan struct{} // the gate's answers to resumes
 

@@ -149,3 +149,77 @@ func (w *world) entry(t *testing.T, name string) host.Entry {
 	}
 	return e
 }
+
+// workloadVM's workload does what is asked of it by files.
+const workloadVM = `
+image: small
+vmm: %s
+vcpus: 1
+memory: 256MiB
+overlay: {tmpfs: 16MiB}
+health: {exec: [sh, -c, test ! -e /tmp/sick], interval: 1s, timeout: 30s, retries: 2}
+run:
+  argv:
+    - sh
+    - -c
+    - |
+      while :; do
+        if [ -e /tmp/eat ]; then rm /tmp/eat; exec tail /dev/zero; fi
+        if [ -e /tmp/crash ]; then exit 3; fi
+        sleep 0.2
+      done
+  user: app
+  stop: {timeout: 1s}
+`
+
+// TestWorkloadEnds makes a workload sick, lets it eat the guest's memory, and crash
+// again and again, while the VM stays.
+func TestWorkloadEnds(t *testing.T) {
+	w := newWorld(t)
+	w.prepareStore(t)
+	w.declare(t, "work", fmt.Sprintf(workloadVM, vmmName()))
+	t.Cleanup(func() { w.clawvm(t, "down", "--timeout", "1s", "work") })
+	w.must(t, "up", "work")
+	do := func(script string) { w.must(t, "exec", "work", "--", "sh", "-c", script) }
+	var e host.Entry
+	becomes := func(what string, ok func() bool) {
+		t.Helper()
+		eventually(t, what, commandLimit, func() bool {
+			e = w.entry(t, "work")
+			return ok()
+		})
+	}
+	health := func(want string) {
+		t.Helper()
+		becomes("the health is "+want, func() bool { return e.Health == want })
+	}
+
+	health(host.HealthHealthy)
+	do("touch /tmp/sick")
+	health(host.HealthUnhealthy)
+	if !strings.Contains(e.Why, "checks failed, the last answer: ") || e.State != host.Running {
+		t.Errorf("unhealthy: %s, %q", e.State, e.Why)
+	}
+	if r := w.clawvm(t, "ls"); !strings.Contains(r.stdout, host.HealthUnhealthy) || !strings.Contains(r.stderr, "work: "+e.Why[:2]) {
+		t.Errorf("ls prints\n%s%s", r.stdout, r.stderr)
+	}
+	do("rm /tmp/sick")
+	health(host.HealthHealthy)
+
+	do("touch /tmp/eat")
+	becomes("the workload is started again", func() bool { return e.Restarts == 1 && !e.Since.IsZero() })
+	if len(e.Faults) != 1 || e.Faults[0].Kind != host.EndOutOfMemory || !strings.Contains(e.Workload, "for want of memory") {
+		t.Errorf("faults %+v, the workload ended by %q", e.Faults, e.Workload)
+	}
+
+	do("touch /tmp/crash")
+	health(host.HealthCrashLoop)
+	if last := e.Faults[len(e.Faults)-1]; last.Kind != host.EndWorkload || !strings.Contains(last.Reason, "exit code 3") || e.VMRestarts != 0 {
+		t.Errorf("faults %+v, the VM was started again %d times", e.Faults, e.VMRestarts)
+	}
+	if out := w.clawvm(t, "status", "work").stdout; !strings.Contains(out, "crash-loop") || !strings.Contains(out, "workload: the workload ended: exit code 3") {
+		t.Errorf("status prints\n%s", out)
+	}
+	do("rm /tmp/crash")
+	becomes("the workload is up again", func() bool { return !e.Since.IsZero() })
+}

@@ -80,6 +80,13 @@ func printStatus(l host.Layout, e host.Entry) error {
 	if !e.Ready.IsZero() {
 		row("ready", fmt.Sprintf("%s after its start", human(e.Ready.Sub(e.Started))))
 	}
+	if c := e.Check; c != nil {
+		found := "passes since"
+		if c.Failures > 0 {
+			found = c.String() + "; at"
+		}
+		row("check", found+" "+c.Time.Local().Format(time.DateTime))
+	}
 	row("vmm", e.VMM)
 	row("address", e.Address)
 	row("cpus", number(e.VCPUs))

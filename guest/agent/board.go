@@ -28,6 +28,8 @@ func (b *Board) Post(e Event) {
 	switch e.Kind {
 	case WorkloadStarted, WorkloadExited:
 		b.present = nil // a new start, or an end, makes void what was said about the run before
+	case HealthChecked:
+		b.present = dropKind(b.present, HealthChecked)
 	case Ready:
 		b.present = dropKind(b.present, NotReady)
 	}

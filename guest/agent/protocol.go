@@ -69,6 +69,7 @@ const (
 	Ready           EventKind = "ready"            // it is ready, by the declaration's probe
 	NotReady        EventKind = "not-ready"        // the probe's time limit has passed; Detail is the last answer. The probe goes on
 	WorkloadExited  EventKind = "workload-exited"  // it ended, or could not be started: Code, Signal, Detail; Next says when it is started again
+	HealthChecked   EventKind = "health-checked"   // a look at a workload that was ready: Failures in a row, Unhealthy, Detail. Of looks that find it well only the first of a row is told
 	Ending          EventKind = "ending"           // the guest is about to end: Reason, Code
 )
 
@@ -78,6 +79,12 @@ const (
 	ReasonReboot   = "reboot"        // asked for inside the guest
 	ReasonExit     = "workload-exit" // the workload ended and isn't to be started again; Code is its exit code
 	ReasonFailed   = "failed"        // the guest could not be set up; Detail says why
+)
+
+// Causes of a WorkloadExited, beside the workload itself.
+const (
+	CauseMemory = "out-of-memory" // the guest's kernel killed it for want of memory
+	CauseHealth = "unhealthy"     // it was stopped because it was unhealthy
 )
 
 // Event is one thing that happened in a guest.
@@ -90,13 +97,23 @@ type Event struct {
 	Next     float64   `json:"next,omitempty"`     // seconds until it is started again
 	Final    bool      `json:"final,omitempty"`    // it isn't started again
 	Reason   string    `json:"reason,omitempty"`
+	Cause    string    `json:"cause,omitempty"`  // of a WorkloadExited
 	Detail   string    `json:"detail,omitempty"` // from the guest; without control characters
+
+	Failures  int  `json:"failures,omitempty"`  // of a HealthChecked: in a row, 0 when it is well
+	Unhealthy bool `json:"unhealthy,omitempty"` // so many that the workload counts as unhealthy
 }
 
 // check refuses what no honest guest says, and makes the rest fit to be shown.
 func (e *Event) check() error {
 	switch e.Kind {
-	case WorkloadStarted, Ready, NotReady, WorkloadExited:
+	case WorkloadStarted, Ready, NotReady, HealthChecked:
+	case WorkloadExited:
+		switch e.Cause {
+		case "", CauseMemory, CauseHealth:
+		default:
+			return fmt.Errorf("an unknown cause %q", clean(e.Cause))
+		}
 	case Ending:
 		switch e.Reason {
 		case ReasonPowerOff, ReasonReboot, ReasonExit, ReasonFailed:
@@ -106,12 +123,15 @@ func (e *Event) check() error {
 	default:
 		return fmt.Errorf("an unknown event %q", clean(string(e.Kind)))
 	}
-	if e.Code < 0 || e.Code > 255 || e.Signal < 0 || e.Signal > 64 || e.Restarts < 0 || e.Next < 0 || e.Next > 3600 || e.Uptime < 0 {
+	if e.Code < 0 || e.Code > 255 || e.Signal < 0 || e.Signal > 64 || e.Restarts < 0 || e.Next < 0 || e.Next > 3600 || e.Uptime < 0 || e.Failures < 0 || e.Failures > maxFailures {
 		return fmt.Errorf("impossible numbers in a %s event", e.Kind)
 	}
 	e.Reason, e.Detail = clean(e.Reason), clean(e.Detail)
 	return nil
 }
+
+// maxFailures bounds the failures that an honest guest can count: one a second, for a century.
+const maxFailures = 100 * 366 * 24 * 60 * 60
 
 // clean bounds a text of the other end and takes out what a terminal would act on.
 func clean(s string) string {

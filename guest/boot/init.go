@@ -240,10 +240,16 @@ func (g *guestInit) prepareWorkload() (*supervisor, error) {
 	if g.doc.Network != nil {
 		addresses = append([]netip.Addr{g.doc.Network.Address}, addresses...)
 	}
+	var health func(context.Context) error
+	if h := g.doc.Workload.Health; h != nil {
+		health = newHealthLook(h, addresses, r.run)
+	}
 	return &supervisor{
 		workload: g.doc.Workload,
 		command:  r.workloadCommand,
 		probe:    newProbe(g.doc.Workload.Ready, addresses, r.run),
+		health:   health,
+		killed:   killedForMemory,
 		children: g.children,
 		group:    own,
 		log:      g.log,

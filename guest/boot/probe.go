@@ -8,7 +8,9 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/clawvm/clawvm/guest"
@@ -20,22 +22,45 @@ const (
 	commandTime = 30 * time.Second
 )
 
+// answerMax is how much of an answer is read, and told when it is the wrong one.
+const answerMax = 256
+
 // newProbe returns the look of a declaration, or nil when there is none to take. A workload may listen on the guest's address, on
 // its loopback or on both; addresses are asked in their order. run runs a command as the workload is run.
 func newProbe(r guest.Ready, addresses []netip.Addr, run func(context.Context, []string) error) func(context.Context) error {
+	return newLook(r, addresses, run, lookTime, commandTime)
+}
+
+// newHealthLook returns the look of a health check. Loopback is asked first: programs tell more there.
+func newHealthLook(h *guest.Health, addresses []netip.Addr, run func(context.Context, []string) error) func(context.Context) error {
+	limit := time.Duration(h.Timeout) * time.Second
+	ordered := slices.Clone(addresses)
+	slices.SortStableFunc(ordered, func(a, b netip.Addr) int {
+		switch {
+		case a.IsLoopback() == b.IsLoopback():
+			return 0
+		case a.IsLoopback():
+			return -1
+		}
+		return 1
+	})
+	return newLook(h.Check, ordered, run, limit, limit)
+}
+
+func newLook(r guest.Ready, addresses []netip.Addr, run func(context.Context, []string) error, look, command time.Duration) func(context.Context) error {
 	switch {
 	case r.TCP != 0:
-		return func(ctx context.Context) error { return anyAddress(ctx, addresses, r.TCP, lookTCP) }
+		return func(ctx context.Context) error { return anyAddress(ctx, addresses, r.TCP, look, lookTCP) }
 	case r.HTTP != nil:
 		client := newHTTPLook()
 		return func(ctx context.Context) error {
-			return anyAddress(ctx, addresses, r.HTTP.Port, func(ctx context.Context, address string) error {
+			return anyAddress(ctx, addresses, r.HTTP.Port, look, func(ctx context.Context, address string) error {
 				return lookHTTP(ctx, client, address, r.HTTP)
 			})
 		}
 	case len(r.Exec) > 0:
 		return func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeout(ctx, commandTime)
+			ctx, cancel := context.WithTimeout(ctx, command)
 			defer cancel()
 			if err := run(ctx, r.Exec); err != nil {
 				return fmt.Errorf("%s: %w", r.Exec[0], err)
@@ -46,9 +71,9 @@ func newProbe(r guest.Ready, addresses []netip.Addr, run func(context.Context, [
 	return nil
 }
 
-func anyAddress(ctx context.Context, addresses []netip.Addr, port int, look func(context.Context, string) error) (err error) {
+func anyAddress(ctx context.Context, addresses []netip.Addr, port int, limit time.Duration, look func(context.Context, string) error) (err error) {
 	for _, a := range addresses {
-		oneCtx, cancel := context.WithTimeout(ctx, lookTime)
+		oneCtx, cancel := context.WithTimeout(ctx, limit)
 		oneErr := look(oneCtx, net.JoinHostPort(a.String(), strconv.Itoa(port)))
 		cancel()
 		if oneErr == nil {
@@ -88,12 +113,16 @@ func lookHTTP(ctx context.Context, client *http.Client, address string, h *guest
 	if err != nil {
 		return err
 	}
-	_, readErr := io.Copy(io.Discard, io.LimitReader(resp.Body, 64<<10))
+	said, readErr := io.ReadAll(io.LimitReader(resp.Body, answerMax))
 	if err := errors.Join(readErr, resp.Body.Close()); err != nil && resp.StatusCode != want {
 		return err
 	}
 	if resp.StatusCode != want {
-		return fmt.Errorf("http://%s%s answered %d instead of %d", address, h.Path, resp.StatusCode, want)
+		err := fmt.Errorf("http://%s%s answered %d instead of %d", address, h.Path, resp.StatusCode, want)
+		if text := strings.TrimSpace(string(said)); text != "" {
+			err = fmt.Errorf("%w: %s", err, text)
+		}
+		return err
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
+	"syscall"
 
 	"github.com/clawvm/clawvm/guest"
 	"github.com/clawvm/clawvm/guest/agent"
@@ -117,7 +118,8 @@ func (r *runner) run(ctx context.Context, argv []string) error {
 		return err
 	}
 	stop := context.AfterFunc(ctx, func() {
-		if err := cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		// Its session, so that nothing of it stays behind, look after look.
+		if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
 			warn("cannot kill %s: %v", argv[0], err)
 		}
 	})

@@ -31,7 +31,8 @@ const defaultStop = 30 * time.Second
 type outcome struct {
 	Code   int // 128+n for signal n
 	Signal int
-	Detail string // when it could not be started
+	Cause  string // agent.CauseMemory or CauseHealth; "": itself
+	Detail string // of that, and why it could not be started
 }
 
 // pauseAfter is the pause after so many failures in a row, one at least.
@@ -61,6 +62,8 @@ type supervisor struct {
 	workload *guest.Workload
 	command  func(status *os.File) (*exec.Cmd, []*os.File, error) // prepares one run
 	probe    func(context.Context) error                          // one look whether it is ready; nil: it is as soon as it runs
+	health   func(context.Context) error                          // one look at a workload that is ready; nil: nobody looks
+	killed   func() (int, error)                                  // processes that the kernel has killed for want of memory
 	children *children
 	group    *cgroup
 	log      *agent.Log
@@ -96,7 +99,7 @@ func (s *supervisor) run() outcome {
 		failures++
 		pause := pauseAfter(failures)
 		again := startsAgain(s.workload, o) && !s.stopped()
-		e := agent.Event{Kind: agent.WorkloadExited, Uptime: s.uptime(), Code: o.Code, Signal: o.Signal, Restarts: restarts, Detail: o.Detail, Final: !again}
+		e := agent.Event{Kind: agent.WorkloadExited, Uptime: s.uptime(), Code: o.Code, Signal: o.Signal, Restarts: restarts, Cause: o.Cause, Detail: o.Detail, Final: !again}
 		if again {
 			e.Next = pause.Seconds()
 		}
@@ -124,6 +127,7 @@ func (s *supervisor) stopped() bool {
 
 // once runs the workload once, to the end of all that it started.
 func (s *supervisor) once(restarts int) outcome {
+	killed := s.killedSoFar()
 	cmd, output, err := s.start()
 	if err != nil {
 		o := outcome{Code: exitStage, Detail: err.Error()}
@@ -137,12 +141,26 @@ func (s *supervisor) once(restarts int) outcome {
 	ended := make(chan struct{})
 	var work sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
-	work.Go(func() { s.awaitReady(ctx, restarts) })
-	work.Go(func() { s.awaitStop(cmd.Process, ended) })
+	sick := make(chan error, 1)
+	var why error // it is unhealthy and to be stopped
+	work.Go(func() {
+		if !s.awaitReady(ctx, restarts) || s.health == nil {
+			return
+		}
+		err := watchHealth(ctx, s.workload.Health, s.health, func(e agent.Event) {
+			e.Uptime, e.Restarts = s.uptime(), restarts
+			s.board.Post(e)
+		})
+		if err != nil {
+			sick <- err
+		}
+	})
+	work.Go(func() { why = s.awaitStop(cmd.Process, ended, sick) })
 	o := outcomeOf(s.children.Wait(cmd))
 	cancel()
 	close(ended)
 	work.Wait()
+	o.explain(why, s.killedSoFar()-killed, s.stopped())
 	if err := s.group.empty(); err != nil {
 		o.Detail = err.Error()
 	}
@@ -239,13 +257,14 @@ func outcomeOf(err error) outcome {
 	return outcome{Code: exitStage, Detail: err.Error()}
 }
 
-// awaitStop stops the run when it is asked to: the declared signal to the program, which ends its own children, and KILL to all that
-// is left when the time is over.
-func (s *supervisor) awaitStop(p *os.Process, ended <-chan struct{}) {
+// awaitStop stops the run when it is asked to, or is sick, which it returns: the declared signal to the program, which ends its own
+// children, and KILL to all that is left when the time is over.
+func (s *supervisor) awaitStop(p *os.Process, ended <-chan struct{}, sick <-chan error) (why error) {
 	select {
 	case <-ended:
-		return
+		return nil
 	case <-s.stopping:
+	case why = <-sick:
 	}
 	s.mu.Lock()
 	limit := s.grace
@@ -265,6 +284,7 @@ func (s *supervisor) awaitStop(p *os.Process, ended <-chan struct{}) {
 			warn("%v", err)
 		}
 	}
+	return why
 }
 
 func stopSignal(w *guest.Workload) syscall.Signal {
@@ -280,14 +300,14 @@ const (
 	longestLook = time.Second
 )
 
-// awaitReady looks until the workload is ready, or the run is over.
-func (s *supervisor) awaitReady(ctx context.Context, restarts int) {
+// awaitReady looks until the workload is ready, or the run is over, and says whether it is ready.
+func (s *supervisor) awaitReady(ctx context.Context, restarts int) bool {
 	post := func(k agent.EventKind, detail string) {
 		s.board.Post(agent.Event{Kind: k, Uptime: s.uptime(), Restarts: restarts, Detail: detail})
 	}
 	if s.probe == nil {
 		post(agent.Ready, "")
-		return
+		return true
 	}
 	var late <-chan time.Time
 	if t := s.workload.Ready.Timeout; t > 0 {
@@ -298,15 +318,15 @@ func (s *supervisor) awaitReady(ctx context.Context, restarts int) {
 	for pause := firstLook; ; pause = min(pause*3/2, longestLook) {
 		err := s.probe(ctx)
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		if err == nil {
 			post(agent.Ready, "")
-			return
+			return true
 		}
 		select {
 		case <-ctx.Done():
-			return
+			return false
 		case <-late:
 			late = nil
 			post(agent.NotReady, err.Error())

@@ -46,6 +46,7 @@ type Workload struct {
 	Cwd       string
 	Files     []File
 	Ready     Ready
+	Health    Ready  // what is asked after that: channels that don't work count, too
 	NoRestart []int  // exit codes after which another start would end the same way
 	StateDir  string // must be the user's before the start; a volume is best mounted there
 }
@@ -91,6 +92,7 @@ func (p Profile) Render() (Workload, error) {
 		Cwd:       StateDir,
 		Files:     []File{{Path: ConfigPath, Mode: 0o444, Content: content.Bytes()}},
 		Ready:     Ready{Port: p.Port, Path: "/startupz", Status: 200}, // /readyz waits for channels, too, which may never come
+		Health:    Ready{Port: p.Port, Path: "/readyz", Status: 200},
 		NoRestart: []int{exitConfig},
 		StateDir:  StateDir,
 	}, nil

@@ -144,6 +144,8 @@ func translate(e agent.Event) (Message, bool) {
 		return Message{Kind: Ready}, true
 	case agent.NotReady:
 		return Message{Kind: Progress, Detail: "the workload is not ready yet: " + e.Detail}, true
+	case agent.HealthChecked:
+		return Message{Kind: Checked, Failures: e.Failures, Unhealthy: e.Unhealthy, Detail: e.Detail}, true
 	case agent.WorkloadExited:
 		how := fmt.Sprintf("exit code %d", e.Code)
 		if e.Signal != 0 {
@@ -155,7 +157,7 @@ func translate(e agent.Event) (Message, bool) {
 		if !e.Final {
 			how += fmt.Sprintf("; started again in %.0f s", e.Next)
 		}
-		return Message{Kind: WorkloadEnded, Code: e.Code, Again: !e.Final, Detail: how}, true
+		return Message{Kind: WorkloadEnded, Code: e.Code, Again: !e.Final, Cause: e.Cause, Detail: how}, true
 	case agent.Ending:
 		return Message{Kind: Ending, Code: e.Code, Detail: endings[e.Reason]}, true
 	}

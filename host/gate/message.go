@@ -12,6 +12,8 @@ import (
 	"unicode"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/guest/agent"
 )
 
 // Message is what supervisor and gate tell each other, one a packet, as JSON of
@@ -25,6 +27,10 @@ type Message struct {
 	// Cause is what ended the workload, of WorkloadEnded: one of the Cause
 	// constants, or nothing when it ended by itself.
 	Cause string `json:"cause,omitempty"`
+	// Failures counts the health checks that failed in a row, of Checked;
+	// Unhealthy says that they are too many.
+	Failures  int  `json:"failures,omitempty"`
+	Unhealthy bool `json:"unhealthy,omitempty"`
 	// Detail is text for the owner; from the gate it is bounded and printable.
 	Detail string `json:"detail,omitempty"`
 	// Grace is how long, in milliseconds, Shutdown may take.
@@ -44,6 +50,7 @@ const (
 	Progress      Kind = "progress"       // Detail: how far the guest is
 	Ready         Kind = "ready"          // the workload answers
 	WorkloadEnded Kind = "workload-ended" // and is started again, or not: Detail
+	Checked       Kind = "checked"        // the workload's health; Detail: the wrong answer
 	Ending        Kind = "ending"         // the guest is about to end; Detail is one of the End constants
 	Lost          Kind = "lost"           // the agent's connection broke
 	ClockSet      Kind = "clock-set"      // the answer to Resumed; Detail is why the clock could not be set
@@ -71,8 +78,8 @@ const (
 
 // What ended a workload, as WorkloadEnded's Cause.
 const (
-	CauseMemory = "out-of-memory" // the guest's kernel killed it for want of memory
-	CauseHealth = "unhealthy"     // its health check failed, and it was stopped for that
+	CauseMemory = agent.CauseMemory // the guest's kernel killed it for want of memory
+	CauseHealth = agent.CauseHealth // its health check failed, and it was stopped for that
 )
 
 const (

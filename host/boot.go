@@ -291,6 +291,10 @@ func (l *life) startVMM(ctx context.Context) error {
 	if l.machine.InstructionClock {
 		l.note("VM", "no hardware virtualisation: the guest's clock counts instructions, and it has one vCPU")
 	}
+	if err := l.record(); err != nil {
+		return err
+	}
+	l.undo.push("the care for the boot files", l.keepBoot())
 	instance, err := l.vmmProgram.Start(ctx, &l.machine)
 	if err != nil {
 		return l.blameShares(err)

@@ -30,6 +30,9 @@ import (
 func Check(ctx context.Context, l Layout, name string) error {
 	s := &Supervisor{layout: l, paths: l.VM(name), name: name, journal: newJournal(), log: log.New(io.Discard, "", 0)}
 	life := &life{Supervisor: s}
+	if st, err := l.Dial(name).Status(ctx); err == nil {
+		life.own = st.Ports // those that it holds are free when it is started again
+	}
 	var failed []stepError
 	for _, st := range steps() {
 		if st.phase != phaseCheck {
@@ -67,7 +70,9 @@ func (l Layout) load(name string) (*config.Host, *config.VM, error) {
 // loadDeclaration reads the host's settings and the declaration.
 func (l *life) loadDeclaration(context.Context) error {
 	var err error
-	if l.hostConfig, l.vm, err = l.layout.load(l.name); err != nil {
+	if l.first != nil {
+		l.hostConfig, l.vm = l.first.hostConfig, l.first.vm
+	} else if l.hostConfig, l.vm, err = l.layout.load(l.name); err != nil {
 		return err
 	}
 	var info unix.Sysinfo_t
@@ -133,7 +138,11 @@ type user struct {
 func (l *life) openImage(context.Context) error {
 	store := storage.Store{Dir: l.layout.Store()}
 	var err error
-	if l.image, err = store.Open(l.vm.Image); err != nil {
+	ref := l.vm.Image
+	if l.first != nil {
+		ref = l.first.image
+	}
+	if l.image, err = store.Open(ref); err != nil {
 		return coded(ExitDeclaration, err)
 	}
 	l.update(func(st *Status) { st.Image = l.image.Digest })
@@ -194,10 +203,11 @@ func (l *life) chooseVMM(ctx context.Context) error {
 		q.KVM = l.hostFacts.Hardware()
 		l.vmmProgram = q
 	}
-	version, err := l.vmmVersion(ctx)
+	version, err := programVersion(ctx, l.layout, chosen, l.vmmFile())
 	if err != nil {
 		return coded(ExitDeclaration, err)
 	}
+	l.vmmVersionText = version
 	l.emulated = !l.hostFacts.Hardware()
 	l.update(func(st *Status) { st.VMM = chosen })
 	l.note("VMM", "%s %s: %s", chosen, version, why)
@@ -210,6 +220,10 @@ func (l *life) chooseVMM(ctx context.Context) error {
 // prepareKernel finds the guest's kernel and makes, once per kernel and version,
 // what the VMM loads.
 func (l *life) prepareKernel(ctx context.Context) error {
+	if f := l.first; f != nil && f.boot.Use(ctx, l.layout.BootCache()) {
+		l.kernel, l.boot = f.kernel, f.boot
+		return nil
+	}
 	var err error
 	if l.kernel, err = kernel.Find(l.vm.Kernel, l.layout.Store()); err != nil {
 		return coded(ExitDeclaration, err)
@@ -221,18 +235,6 @@ func (l *life) prepareKernel(ctx context.Context) error {
 	l.update(func(st *Status) { st.Kernel = l.kernel.Release })
 	l.boot, err = l.bootFiles(ctx, init)
 	return err
-}
-
-// vmmVersion asks the VMM for its version, once as long as its program stays the
-// same: QEMU takes 30 ms to say it.
-func (l *life) vmmVersion(ctx context.Context) (string, error) {
-	program := l.hostFacts.QEMU
-	if l.vmmProgram.Name() == vmm.CloudHypervisor {
-		program = l.hostFacts.CloudHypervisor
-	}
-	return remember(filepath.Join(l.layout.Known(), l.vmmProgram.Name()+".json"), []string{program},
-		func(version string) bool { return version != "" },
-		func() (string, error) { return l.vmmProgram.Version(ctx) })
 }
 
 // ownProgram is the program that runs, also when its file was replaced meanwhile.

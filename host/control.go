@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/config"
 )
 
 // Status is what a supervisor says of its VM.
@@ -50,6 +52,8 @@ type Status struct {
 	// Lost is why the guest's agent can't be reached any more; the guest may live on.
 	Lost string `json:"lost,omitempty"`
 	PID  int    `json:"pid"` // the supervisor's
+	// Made is what the VM was started with; nil before its VMM is started.
+	Made *Made `json:"made,omitempty"`
 }
 
 // HealthCheck is the health of a workload that was ready.
@@ -102,6 +106,7 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) { s.answer(w, s.Status()) })
+	mux.HandleFunc("GET /v1/declaration", func(w http.ResponseWriter, r *http.Request) { s.answer(w, s.declaration()) })
 	mux.HandleFunc("GET /v1/progress", s.serveProgress)
 	mux.HandleFunc("POST /v1/down", func(w http.ResponseWriter, r *http.Request) {
 		grace, err := strconv.ParseInt(r.FormValue("grace"), 10, 64)
@@ -297,6 +302,15 @@ func (c *Client) Rotate(ctx context.Context) error {
 		return err
 	}
 	return resp.Body.Close()
+}
+
+// Declaration asks for the effective declaration that the VM goes by.
+func (c *Client) Declaration(ctx context.Context) ([]config.Field, error) {
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	var fields []config.Field
+	err := c.question(ctx, "GET", "declaration", &fields)
+	return fields, err
 }
 
 // Reload reads the declaration anew and applies what can be applied to a running

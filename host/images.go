@@ -27,6 +27,8 @@ func ImageUsers(ctx context.Context, l Layout) (func(digest string) []string, er
 	for _, e := range entries {
 		if e.Image != "" {
 			users[e.Image] = append(users[e.Image], e.Name)
+		}
+		if !e.Declared {
 			continue
 		}
 		file, err := l.Declaration(e.Name)
@@ -38,8 +40,9 @@ func ImageUsers(ctx context.Context, l Layout) (func(digest string) []string, er
 			// Not "uses none": what a broken declaration needs is not known.
 			return nil, fmt.Errorf("cannot tell which image VM %s uses: %w", e.Name, err)
 		}
-		if image, err := store.Open(vm.Image); err == nil {
-			users[image.Digest] = append(users[image.Digest], e.Name)
+		// Of one that runs, it may be another than it runs from.
+		if digest, err := store.Digest(vm.Image); err == nil && digest != e.Image {
+			users[digest] = append(users[digest], e.Name)
 		}
 	}
 	return func(digest string) []string { return users[digest] }, nil

@@ -24,6 +24,8 @@ type Entry struct {
 	End *End `json:"end,omitempty"`
 	// Problem is why the declaration can't be used.
 	Problem string `json:"problem,omitempty"`
+	// Pending is what the VM's next start would change, of one that runs.
+	Pending []Pending `json:"pending,omitempty"`
 	// Declared: false for a VM that runs although its declaration is gone.
 	Declared bool `json:"declared"`
 }
@@ -103,12 +105,13 @@ func List(ctx context.Context, l Layout) ([]Entry, error) {
 	}
 	hostConfig, hostErr := config.LoadHost(l.HostConfig())
 	entries := make([]Entry, len(list))
+	next := newOutlook(l)
 	slots := make(chan struct{}, listParallel)
 	var wg sync.WaitGroup
 	for i, name := range list {
 		slots <- struct{}{}
 		wg.Go(func() {
-			entries[i] = look(ctx, l, name, hostConfig, hostErr)
+			entries[i] = look(ctx, l, name, hostConfig, hostErr, next)
 			entries[i].Declared = all[name]
 			<-slots
 		})
@@ -129,17 +132,22 @@ func Look(ctx context.Context, l Layout, name string) (Entry, error) {
 		return Entry{}, err
 	}
 	hostConfig, hostErr := config.LoadHost(l.HostConfig())
-	e := look(ctx, l, name, hostConfig, hostErr)
+	e := look(ctx, l, name, hostConfig, hostErr, newOutlook(l))
 	e.Declared = err == nil
 	return e, nil
 }
 
-func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, hostErr error) Entry {
+func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, hostErr error, next *outlook) Entry {
 	paths := l.VM(name)
 	st, err := l.Dial(name).Status(ctx)
 	if err == nil {
 		e := Entry{Status: st}
 		e.Health, e.Why = st.health(time.Now())
+		if vm, err := l.effective(name, hostConfig, hostErr); err != nil {
+			e.Problem = err.Error()
+		} else if vm != nil {
+			e.Pending = next.pending(ctx, l.Dial(name), st, vm)
+		}
 		return e
 	}
 	e := Entry{Status: Status{Name: name, State: Stopped}}
@@ -157,17 +165,11 @@ func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, h
 			e.Health = HealthCrashLoop
 		}
 	}
-	if hostErr != nil {
-		e.Problem = hostErr.Error()
-		return e
-	}
-	file, err := l.Declaration(name)
-	if err != nil {
-		return e
-	}
-	vm, err := config.Load(file, hostConfig)
+	vm, err := l.effective(name, hostConfig, hostErr)
 	if err != nil {
 		e.Problem = err.Error()
+	}
+	if vm == nil {
 		return e
 	}
 	e.VMM, e.VCPUs, e.Memory = vm.VMM, vm.VCPUs, int64(vm.Memory)
@@ -178,6 +180,19 @@ func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, h
 		e.Address = a.String()
 	}
 	return e
+}
+
+// effective is the declaration of a VM as its next start would have it; nil when
+// there is none.
+func (l Layout) effective(name string, hostConfig *config.Host, hostErr error) (*config.VM, error) {
+	if hostErr != nil {
+		return nil, hostErr
+	}
+	file, err := l.Declaration(name)
+	if err != nil {
+		return nil, nil // Entry.Declared says so
+	}
+	return config.Load(file, hostConfig)
 }
 
 // withRunDir lists the VMs that have a run directory, whether they run or not.

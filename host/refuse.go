@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -57,6 +58,9 @@ func (l *life) checkShares(context.Context) error {
 func (l *life) checkPorts(context.Context) error {
 	var errs []error
 	for _, p := range l.vm.Ports {
+		if l.publishes(p) {
+			continue
+		}
 		listener, err := listenPort(p)
 		if err == nil {
 			err = listener.Close()
@@ -64,6 +68,14 @@ func (l *life) checkPorts(context.Context) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// publishes says whether the VM, which runs, holds the port's number already.
+func (l *life) publishes(p config.Port) bool {
+	return slices.ContainsFunc(l.own, func(text string) bool {
+		held, _, _ := strings.Cut(text, "->")
+		return strings.HasSuffix(held, fmt.Sprintf(":%d", p.HostPort))
+	})
 }
 
 // listenPort opens a published port.

@@ -134,6 +134,10 @@ func (l *life) adopt(vm *config.VM) (err error) {
 		return fmt.Errorf("cannot tell the gate: %w", err)
 	}
 	l.vm = &next
+	if l.first != nil {
+		l.first.vm = l.vm
+	}
+	l.setFields(next.Fields())
 	l.update(func(st *Status) { st.Ports = portTexts(next.Ports) })
 	return nil
 }

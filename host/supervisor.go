@@ -14,6 +14,8 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/config"
 )
 
 // Supervisor is the privileged process of one VM. It owns everything that the VM
@@ -28,9 +30,11 @@ type Supervisor struct {
 
 	down     chan time.Duration // requests to end, with the guest's grace
 	requests chan request       // what else is asked of a running VM
+	first    *beginning         // of what every later life is made; the lives' own
 
 	mu     sync.Mutex // guards what follows
 	status Status
+	fields []config.Field // the declaration that the VM goes by
 	life   *life
 }
 

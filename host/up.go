@@ -29,28 +29,30 @@ type life struct {
 	undo undoStack
 
 	// What the steps find and make, in their order.
-	hostConfig *config.Host
-	vm         *config.VM
-	secrets    []secrets.Secret
-	image      *storage.Image
-	user       user
-	vmmProgram vmm.VMM
-	hostFacts  vmm.Facts
-	emulated   bool
-	virtiofsd  *storage.Virtiofsd
-	kernel     *kernel.Kernel
-	boot       *kernel.Boot
-	address    netip.Addr
-	index      int // the address's place in the subnet
-	ids        ids
-	bridge     network.Bridge
-	rules      network.Rules
-	disks      []vmm.Disk
-	sockets    sockets
-	machine    vmm.Machine
-	gate       *gateProcess
-	daemons    []*storage.Daemon
-	instance   vmm.Instance
+	own            []string // published ports that the VM holds already; of a check only
+	hostConfig     *config.Host
+	vm             *config.VM
+	secrets        []secrets.Secret
+	image          *storage.Image
+	user           user
+	vmmProgram     vmm.VMM
+	vmmVersionText string
+	hostFacts      vmm.Facts
+	emulated       bool
+	virtiofsd      *storage.Virtiofsd
+	kernel         *kernel.Kernel
+	boot           *kernel.Boot
+	address        netip.Addr
+	index          int // the address's place in the subnet
+	ids            ids
+	bridge         network.Bridge
+	rules          network.Rules
+	disks          []vmm.Disk
+	sockets        sockets
+	machine        vmm.Machine
+	gate           *gateProcess
+	daemons        []*storage.Daemon
+	instance       vmm.Instance
 
 	// What happens to it.
 	gone      <-chan struct{} // closed when the VMM has ended
@@ -139,6 +141,7 @@ func (l *life) live(ctx context.Context) (EndKind, error) {
 		now := time.Now().UTC()
 		l.update(func(st *Status) { st.State, st.Step, st.Ready, st.Since = Running, "", now, now })
 		l.journal.add(Progress{State: VMReady})
+		l.begin()
 		l.tellSystemd("READY=1")
 		l.logf("ready")
 		// What the start needed, a running VM does not: the kernel's files above all, where they had to be made.

@@ -13,11 +13,13 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	shared "github.com/clawvm/clawvm/integration/world"
 )
 
 // verbsVM has what the owner's verbs change.
 const verbsVM = `
-image: small
+image: verbs
 vmm: %s
 vcpus: 1
 memory: 512MiB
@@ -35,17 +37,57 @@ run: {argv: [httpd, -f, -p, "8080", -h, /srv/www], user: app, ready: {tcp: 8080}
 func TestVerbs(t *testing.T) {
 	w := newWorld(t)
 	w.prepareStore(t)
+	image := shared.SmallImage(t)
+	w.must(t, "image", "import", image, "verbs")
+	useOwnPrograms(t, w)
 	w.declare(t, "verbs", fmt.Sprintf(verbsVM, vmmName()))
 	t.Cleanup(func() { w.clawvm(t, "down", "--timeout", "1s", "verbs") })
 	w.must(t, "up", "verbs")
-	v := verbs{w}
+	v := verbs{w, image}
 	t.Run("reload", v.reload)
 	t.Run("pause", v.pause)
-	t.Run("down of a paused VM", v.downPaused)
+	t.Run("upgrade", v.upgrade)
+	t.Run("kill of a paused VM", v.killPaused)
 }
 
 // verbs are the parts of TestVerbs; each leaves the VM verbs up.
-type verbs struct{ *world }
+type verbs struct {
+	*world
+	image string // the directory that the image verbs was made of
+}
+
+// ownPrograms is where the test's programs are installed, to be replaced.
+const ownPrograms = "/run/verbs-bin"
+
+// useOwnPrograms installs the programs where only this test uses them.
+func useOwnPrograms(t *testing.T, w *world) {
+	t.Helper()
+	was := w.Bin
+	t.Cleanup(func() { w.Bin = was })
+	install(t, was)
+	w.Bin = ownPrograms
+}
+
+// install copies the programs, as install(1) does: into new files.
+func install(t *testing.T, from string) {
+	t.Helper()
+	if err := os.MkdirAll(ownPrograms, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"clawvm", "clawvm-init"} {
+		raw, err := os.ReadFile(filepath.Join(from, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		file := filepath.Join(ownPrograms, name)
+		if err := os.WriteFile(file+".new", raw, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
 
 const published = "http://127.0.0.1:18090/index.html"
 
@@ -277,31 +319,22 @@ func (v verbs) reload(t *testing.T) {
 	}
 }
 
-func (v verbs) downPaused(t *testing.T) {
-	v.must(t, "exec", "verbs", "sh", "-c", "echo kept > /var/lib/state/kept")
-	v.must(t, "pause", "verbs")
-	v.must(t, "down", "verbs")
-	said := v.supervisorLog(t)
-	if !strings.Contains(said, "resumed") || strings.Contains(said, "pressing the power button") {
-		t.Errorf("down of a paused VM did not let its guest end by itself:\n%s", said)
-	}
-	v.must(t, "up", "verbs")
-	if got := v.must(t, "exec", "verbs", "cat", "/var/lib/state/kept"); got != "kept\n" {
-		t.Errorf("the volume holds %q", got)
-	}
+// killPaused ends a paused VM without letting it go on; it stays down.
+func (v verbs) killPaused(t *testing.T) {
 	v.must(t, "pause", "verbs")
 	began := time.Now()
-	v.must(t, "down", "--timeout", "0", "verbs")
-	if took := time.Since(began); took > 5*time.Second {
-		t.Errorf("down --timeout 0 of a paused VM took %s", took)
+	v.must(t, "down", "-t", "0", "verbs")
+	if took := time.Since(began); took > 15*time.Second {
+		t.Errorf("down -t 0 of a paused VM took %s", took)
 	}
 	if said := v.supervisorLog(t); !strings.Contains(said, "gets no time to end: it is killed") {
 		t.Errorf("it was not killed as it was:\n%s", said)
 	}
-	if r := v.clawvm(t, "pause", "verbs"); r.code != 3 {
-		t.Errorf("pause of a VM that is down: exit code %d, %q", r.code, r.stderr)
+	for _, verb := range []string{"pause", "resume", "reload"} {
+		if r := v.clawvm(t, verb, "verbs"); r.code != 3 {
+			t.Errorf("%s of a VM that is down: exit code %d, %q", verb, r.code, r.stderr)
+		}
 	}
-	v.must(t, "up", "verbs")
 }
 
 func (w *world) supervisorLog(t *testing.T) string {
@@ -311,4 +344,140 @@ func (w *world) supervisorLog(t *testing.T) string {
 		t.Fatal(err)
 	}
 	return string(raw)
+}
+
+// pending is what status says that the next start would change: what → text.
+func (v verbs) pending(t *testing.T) map[string]string {
+	t.Helper()
+	var s struct {
+		Pending []struct{ What, Needs, Field, Was, Is string }
+	}
+	out := v.clawvm(t, "status", "--json", "verbs").stdout
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	all := map[string]string{}
+	for _, p := range s.Pending {
+		all[p.What+" "+p.Field] = p.Needs + ": " + p.Is
+	}
+	return all
+}
+
+// upgrade replaces all that a VM was started from, and looks that it goes on with
+// what it has until it is started again.
+func (v verbs) upgrade(t *testing.T) {
+	if p := v.pending(t); len(p) > 0 {
+		t.Fatalf("pending before the upgrade: %v", p)
+	}
+	built := v.must(t, "image", "ls", "--json")
+	old := v.imageOf(t)
+	if err := os.WriteFile(filepath.Join(v.image, "usr/bin/marker"), []byte("of the new image\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	v.must(t, "image", "import", v.image, "verbs")
+	v.declared(t, "memory: 512MiB", "memory: 640MiB", `["127.0.0.1:18090:8080"]`, `["127.0.0.1:18094:8080"]`)
+	programs := v.bin // where all other tests' are
+	install(t, programs)
+
+	t.Run("is pending", func(t *testing.T) {
+		p := v.pending(t)
+		image := p["image verbs"]
+		delete(p, "image verbs")
+		want := map[string]string{
+			"declaration memory": "restart: 640MiB", "declaration ports": `reload: ["127.0.0.1:18094:8080"]`, "clawvm clawvm": "restart: another build",
+		}
+		if fmt.Sprint(p) != fmt.Sprint(want) || !strings.HasPrefix(image, "restart: sha256:") || strings.Contains(image, old) {
+			t.Errorf("pending: %v and %q, want %v and another image than %s", p, image, want, old)
+		}
+		ls := v.clawvm(t, "ls")
+		for _, want := range []string{"verbs: a restart is pending: ", "memory 512MiB → 640MiB", "image verbs is now sha256:", "clawvm devel → another build"} {
+			if !strings.Contains(ls.stderr, want) {
+				t.Errorf("ls does not say %q: %s", want, ls.stderr)
+			}
+		}
+		if out := v.clawvm(t, "status", "verbs").stdout; !strings.Contains(out, "restart pending") || !strings.Contains(out, "reload pending") {
+			t.Errorf("status says\n%s", out)
+		}
+	})
+	t.Run("neither image can be removed", func(t *testing.T) {
+		for _, digest := range []string{old, strings.TrimPrefix(v.pending(t)["image verbs"], "restart: ")} {
+			if r := v.clawvm(t, "image", "rm", digest); r.code == 0 || !strings.Contains(r.stderr, "verbs") {
+				t.Errorf("image rm %s: exit code %d, %q; the store had %s", digest, r.code, r.stderr, built)
+			}
+		}
+	})
+	t.Run("without its program, a guest's reboot starts what it was", func(t *testing.T) {
+		// As if it was uninstalled: the commands are another copy's.
+		if err := os.RemoveAll(ownPrograms); err != nil {
+			t.Fatal(err)
+		}
+		v.Bin = programs
+		v.must(t, "secret", "rotate", "verbs")
+		v.must(t, "reload", "verbs")
+		if !answersAt(t, "http://127.0.0.1:18094/index.html", time.Minute) {
+			t.Error("the reloaded port does not answer")
+		}
+		v.clawvm(t, "exec", "--root", "verbs", "reboot", "-f")
+		eventually(t, "the guest is up again", commandLimit, func() bool {
+			s := v.status(t, "verbs")
+			return s.Reboots == 1 && s.State == "ready"
+		})
+		if got := v.says(t, "cat /usr/bin/marker"); got != "part of the image" {
+			t.Errorf("after its own reboot the guest has another image: %q", got)
+		}
+		if total := v.memory(t); total > 512 {
+			t.Errorf("after its own reboot the guest has %d MiB", total)
+		}
+		if !answersAt(t, "http://127.0.0.1:18094/index.html", time.Minute) {
+			t.Error("after a reboot the reloaded port does not answer")
+		}
+		if p := v.pending(t); p["declaration memory"] == "" || p["image verbs"] == "" || p["declaration ports"] != "" {
+			t.Errorf("pending after the reboot: %v", p)
+		}
+	})
+	t.Run("recreated while it is paused, it takes all, and ends in order before", func(t *testing.T) {
+		install(t, programs)
+		v.Bin = ownPrograms
+		v.must(t, "exec", "verbs", "sh", "-c", "echo kept > /var/lib/state/kept")
+		v.must(t, "exec", "--root", "verbs", "sh", "-c", "echo lost > /srv/lost")
+		v.must(t, "pause", "verbs")
+		resumed := strings.Count(v.supervisorLog(t), "resumed")
+		v.must(t, "up", "--recreate", "verbs")
+		if said := v.supervisorLog(t); strings.Count(said, "resumed") != resumed+1 || strings.Contains(said, "pressing the power button") {
+			t.Errorf("the guest of a paused VM did not end by itself:\n%s", said)
+		}
+		if got := v.says(t, "cat /var/lib/state/kept; ls /srv"); got != "kept\nwww" {
+			t.Errorf("of volume and overlay there is %q", got)
+		}
+		if got := v.says(t, "cat /usr/bin/marker"); got != "of the new image" {
+			t.Errorf("the marker is %q", got)
+		}
+		if total := v.memory(t); total <= 512 {
+			t.Errorf("the guest has %d MiB", total)
+		}
+		if p := v.pending(t); len(p) > 0 {
+			t.Errorf("still pending: %v", p)
+		}
+		v.must(t, "image", "rm", old)
+	})
+}
+
+// imageOf is the digest of the image that the VM runs from.
+func (v verbs) imageOf(t *testing.T) string {
+	t.Helper()
+	var s struct{ Image string }
+	if err := json.Unmarshal([]byte(v.clawvm(t, "status", "--json", "verbs").stdout), &s); err != nil {
+		t.Fatal(err)
+	}
+	return s.Image
+}
+
+// memory is the guest's, in MiB.
+func (v verbs) memory(t *testing.T) int {
+	t.Helper()
+	kib, err := strconv.Atoi(v.says(t, "awk '/MemTotal/ {print $2}' /proc/meminfo"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return kib >> 10
 }

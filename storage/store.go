@@ -110,6 +110,15 @@ func (s *Store) Open(ref string) (*Image, error) {
 	return image, nil
 }
 
+// Digest is the digest of the image that ref means. The image itself is not looked at: see [Store.Open].
+func (s *Store) Digest(ref string) (string, error) {
+	image, err := s.find(ref)
+	if err != nil {
+		return "", err
+	}
+	return image.Digest, nil
+}
+
 // Verify does what Open does and also reads and hashes every file. It
 // reports the first path that differs.
 func (s *Store) Verify(ctx context.Context, ref string) error {

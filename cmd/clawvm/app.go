@@ -74,6 +74,7 @@ func exitCode(err error) int {
 }
 
 func newApp() *cli.App {
+	host.Version = version
 	app := &cli.App{
 		Name:                   "clawvm",
 		Usage:                  "run programs that nobody should trust, each in a microVM of its own",

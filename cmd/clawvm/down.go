@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"time"
 
@@ -20,7 +21,33 @@ const defaultDown = 40 * time.Second
 const downSlack = 20 * time.Second
 
 func timeoutFlag() cli.Flag {
-	return &cli.DurationFlag{Name: "timeout", Aliases: []string{"t"}, Value: defaultDown, Usage: "give the guest `TIME` to end by itself"}
+	return &cli.GenericFlag{Name: "timeout", Aliases: []string{"t"}, Value: &grace{defaultDown}, Usage: "give the guest `TIME` to end by itself: 90s, or a number of seconds"}
+}
+
+// grace is how long a guest may take to end: a duration, or as in docker, podman and
+// systemd a number of seconds.
+type grace struct{ time.Duration }
+
+func (g *grace) Set(s string) error {
+	d, err := time.ParseDuration(s)
+	if seconds, serr := strconv.ParseUint(s, 10, 31); serr == nil {
+		d, err = time.Duration(seconds)*time.Second, nil
+	}
+	if err == nil && d < 0 {
+		err = errors.New("it is negative")
+	}
+	if err == nil {
+		g.Duration = d
+	}
+	return err
+}
+
+// graceOf is the flag's value.
+func graceOf(c *cli.Context) time.Duration {
+	if g, ok := c.Generic("timeout").(*grace); ok {
+		return g.Duration
+	}
+	return defaultDown
 }
 
 func downCommand() *cli.Command {
@@ -36,7 +63,7 @@ func downCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return downAll(c.Context, l, names, c.Duration("timeout"), true)
+			return downAll(c.Context, l, names, graceOf(c), true)
 		},
 	}
 }

@@ -64,6 +64,9 @@ func lsCommand() *cli.Command {
 				if e.Problem != "" {
 					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, e.Problem)
 				}
+				if needs, why := host.Reasons(e.Pending); needs != "" {
+					fmt.Fprintf(os.Stderr, "%s: a %s is pending: %s\n", e.Name, needs, strings.Join(why, "; "))
+				}
 				if e.Why != "" {
 					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, e.Why)
 				}

@@ -2,8 +2,6 @@ package main
 
 import (
 	"github.com/urfave/cli/v2"
-
-	"github.com/clawvm/clawvm/host"
 )
 
 func restartCommand() *cli.Command {
@@ -20,12 +18,10 @@ func restartCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			for _, n := range names {
-				if err := host.Check(c.Context, l, n); err != nil {
-					return err
-				}
+			if err := checkAll(c.Context, l, names, true); err != nil {
+				return err
 			}
-			if err := downAll(c.Context, l, names, c.Duration("timeout"), false); err != nil {
+			if err := downAll(c.Context, l, names, graceOf(c), false); err != nil {
 				return err
 			}
 			return upAll(c.Context, l, names, true)

@@ -99,6 +99,12 @@ func printStatus(l host.Layout, e host.Entry) error {
 	row("workload", e.Workload)
 	row("agent", e.Lost)
 	row("supervisor", number(e.PID))
+	for _, p := range e.Pending {
+		row(p.Needs+" pending", p.String())
+	}
+	if m := e.Made; m != nil {
+		row("clawvm", m.Clawvm)
+	}
 	row("logs", l.VM(e.Name).Log)
 	if err := w.Flush(); err != nil {
 		return err

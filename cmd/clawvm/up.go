@@ -20,9 +20,10 @@ func upCommand() *cli.Command {
 		Usage:     "bring VMs up and wait until they are ready",
 		ArgsUsage: "FILE|NAME...",
 		Description: "A FILE is a declaration called NAME.yaml; up links it among the declarations.\n" +
-			"A VM that is up stays as it is.",
+			"A VM that is up stays as it is, unless --recreate is given: then what it wrote outside its volumes is lost.",
 		Flags: []cli.Flag{
 			&cli.DurationFlag{Name: "timeout", Usage: "stop waiting after `TIME` (exit code 124); the VM goes on"},
+			&cli.BoolFlag{Name: "recreate", Aliases: []string{"force-recreate"}, Usage: "take down those that are up, and begin with an empty overlay; volumes and kept secrets stay"},
 			&cli.BoolFlag{Name: "no-wait", Usage: "return when the start has begun"},
 		},
 		Action: func(c *cli.Context) error {
@@ -53,8 +54,18 @@ func upCommand() *cli.Command {
 			if err := errors.Join(errs...); err != nil {
 				return errors.Join(append(errs, undeclare(l, linked))...)
 			}
-			if err := checkAll(ctx, l, names); err != nil {
+			if err := checkAll(ctx, l, names, c.Bool("recreate")); err != nil {
 				return errors.Join(err, undeclare(l, linked))
+			}
+			if c.Bool("recreate") {
+				if err := downAll(c.Context, l, names, defaultDown, false); err != nil {
+					return err
+				}
+				for _, n := range names {
+					if err := host.DropOverlay(l, n); err != nil {
+						return err
+					}
+				}
 			}
 			return upAll(ctx, l, names, !c.Bool("no-wait"))
 		},
@@ -87,11 +98,12 @@ func undeclare(l host.Layout, names []string) error {
 	return errors.Join(errs...)
 }
 
-// checkAll says all that is wrong with VMs that are not up.
-func checkAll(ctx context.Context, l host.Layout, names []string) error {
+// checkAll says all that is wrong with VMs that are to be started: those that are
+// not up, or all.
+func checkAll(ctx context.Context, l host.Layout, names []string, all bool) error {
 	var errs []error
 	for _, n := range names {
-		if _, err := l.Dial(n).Status(ctx); errors.Is(err, host.ErrNotRunning) {
+		if _, err := l.Dial(n).Status(ctx); all || errors.Is(err, host.ErrNotRunning) {
 			errs = append(errs, host.Check(ctx, l, n))
 		}
 	}

@@ -79,7 +79,7 @@ func tables() string {
 	if t := os.Getenv("CLAWVM_TEST_TABLES"); t != "" {
 		return t
 	}
-	return "^(TestLifeOfAVM|TestKilledAtWill)$"
+	return "^(TestLifeOfAVM|TestVerbs|TestKilledAtWill)$"
 }
 
 // run runs the go command, for static programs.

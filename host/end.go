@@ -163,7 +163,7 @@ func (l *life) heed(m gate.Message) {
 	switch m.Kind {
 	case gate.WorkloadEnded:
 		l.workload = &m
-		l.logf("the workload ended: %s", m.Detail)
+		l.guestf("the workload ended: %s", m.Detail)
 		l.update(func(st *Status) {
 			st.Workload, st.Since, st.Check = m.Detail, time.Time{}, nil
 			if m.Again {
@@ -173,12 +173,12 @@ func (l *life) heed(m gate.Message) {
 		})
 	case gate.Ending:
 		l.announced = &m
-		l.logf("the guest ends: %s %s", m.Kind, m.Detail)
+		l.guestf("the guest ends: %s %s", m.Kind, m.Detail)
 	case gate.Lost:
-		l.logf("the guest's agent does not answer any more: %s", m.Detail)
+		l.guestf("the guest's agent does not answer any more: %s", m.Detail)
 		l.update(func(st *Status) { st.Lost = m.Detail })
 	case gate.Progress:
-		l.logf("guest: %s", m.Detail)
+		l.guestf("guest: %s", m.Detail)
 	case gate.ClockSet:
 		l.heedClock(m)
 	case gate.Ready:
@@ -187,7 +187,7 @@ func (l *life) heed(m gate.Message) {
 		l.heedHealth(m)
 	case gate.Connected:
 	default:
-		l.logf("the gate said what is not understood: %q", m.Kind)
+		l.guestf("the gate said what is not understood: %q", m.Kind)
 	}
 }
 

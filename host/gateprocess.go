@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -89,7 +90,7 @@ func (l *life) startGateProcess(c gate.Config, files []namedFile) (*gateProcess,
 
 func (g *gateProcess) receive() {
 	defer close(g.messages)
-	for {
+	for tokens := newBucket(messageBurst, messageRate); ; {
 		m, err := g.conn.Receive()
 		if errors.Is(err, io.EOF) {
 			return
@@ -101,6 +102,9 @@ func (g *gateProcess) receive() {
 				g.fail(err)
 			}
 			return
+		}
+		for wait := tokens.take(time.Now()); wait > 0; wait = tokens.take(time.Now()) {
+			time.Sleep(wait) // the gate waits with it, and its guest
 		}
 		g.messages <- m
 	}

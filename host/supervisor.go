@@ -27,6 +27,7 @@ type Supervisor struct {
 	log     *log.Logger
 	spawner *spawner
 	journal *journal
+	lines   guestLines // used by the one life that there is at a time
 
 	down     chan time.Duration // requests to end, with the guest's grace
 	requests chan request       // what else is asked of a running VM
@@ -53,7 +54,7 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 	debug.SetGCPercent(heapGrowth)
 	s := &Supervisor{
 		layout: l, paths: l.VM(name), name: name,
-		log:     log.New(out, "", log.LstdFlags|log.Lmsgprefix),
+		log:     log.New(&boundedLog{out: out, path: l.VM(name).SupervisorLog()}, "", log.LstdFlags|log.Lmsgprefix),
 		spawner: newSpawner(l.Mark(name)),
 		journal: newJournal(),
 		down:    make(chan time.Duration, 1), requests: make(chan request),

@@ -43,6 +43,8 @@ func Connect(ctx context.Context, f io.ReadWriteCloser, resync bool) (*Client, e
 
 func connect(ctx context.Context, f io.ReadWriteCloser, resync bool) (*Client, error) {
 	if resync {
+		// Buffered, or a guest's noise would cost a system call a byte.
+		f = buffered{bufio.NewReaderSize(f, maxWrite), f}
 		if err := syncHost(ctx, f); err != nil {
 			return nil, err
 		}

@@ -94,7 +94,11 @@ func syncHost(ctx context.Context, f io.ReadWriteCloser) (err error) {
 	acked := make(chan struct{})
 	written := make(chan error, 1)
 	go func() { written <- writeMarks(f, token, acked) }()
-	readErr := waitAck(byteReader{f}, token)
+	marks, ok := f.(io.ByteReader)
+	if !ok {
+		marks = byteReader{f}
+	}
+	readErr := waitAck(marks, token)
 	close(acked)
 	if readErr != nil {
 		closeQuietly(f) // a mark may be stuck in a pipe that nobody reads

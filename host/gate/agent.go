@@ -94,7 +94,8 @@ func (g *gate) lost(ctx context.Context, why error) error {
 func (g *gate) agentStream(ctx context.Context) (io.ReadWriteCloser, error) {
 	if !g.AgentListens {
 		c, err := net.FileConn(g.files[FileAgent])
-		if err != nil {
+		// The copy is what is used, and whose end hangs up.
+		if err := errors.Join(err, g.files[FileAgent].Close()); err != nil {
 			return nil, fmt.Errorf("cannot use the agent's descriptor: %w", err)
 		}
 		return c, nil

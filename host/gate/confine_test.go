@@ -23,7 +23,11 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(confineVariable); dir != "" {
 		os.Exit(confined(dir))
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if builtProgram != "" {
+		os.RemoveAll(filepath.Dir(builtProgram))
+	}
+	os.Exit(code)
 }
 
 func confined(logs string) int {

@@ -29,7 +29,7 @@ const (
 	gateMemory = 20 << 20                           // bytes of RssAnon
 	logDisk    = (logSize << 20) * (1 + logBackups) // of one log, once the writer of the log (lumberjack) has removed the oldest
 	logMost    = 4 * logDisk                        // and at any moment: it removes them beside writing on
-	aWhile     = 30 * time.Second                   // for what takes a second
+	aWhile     = 60 * time.Second                   // for what takes a second
 	floodSize  = 256 << 20                          // bytes of a flood by the agent's channel
 	consoleMax = 1 << 30                            // bytes of a flood by the console
 )
@@ -323,6 +323,9 @@ func frame(kind byte, payload []byte) []byte {
 // TestHostileAgent gives a gate agents that lie, each in its own way. The gate
 // lives, its memory stays bounded, and it tells its supervisor.
 func TestHostileAgent(t *testing.T) {
+	if testing.Short() {
+		t.Skip("moves gigabytes")
+	}
 	t.Run("noise without an end", func(t *testing.T) {
 		g := startTestGate(t)
 		go io.Copy(io.Discard, g.guest)

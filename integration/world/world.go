@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -304,8 +305,9 @@ func VMM() string {
 	return "qemu"
 }
 
-// PrepareStore gives the world's root an image and a kernel.
-func (w *World) PrepareStore(t testing.TB) {
+// PrepareStore gives the world's root an image and a kernel. The image holds more
+// files where they are given, by their path.
+func (w *World) PrepareStore(t testing.TB, more ...map[string]string) {
 	t.Helper()
 	kernels := os.Getenv(envKernels)
 	if kernels == "" {
@@ -315,7 +317,7 @@ func (w *World) PrepareStore(t testing.TB) {
 		t.Skipf("no kernel for guests in %s (%v): scripts/setup test downloads one", kernels, err)
 	}
 	store := filepath.Join(w.Root, "var/lib/clawvm/store")
-	w.Must(t, "image", "import", SmallImage(t), "small")
+	w.Must(t, "image", "import", SmallImage(t, more...), "small")
 	if _, err := os.Stat(filepath.Join(kernels, "kernels")); err != nil {
 		return // the host's own kernel serves
 	}
@@ -334,7 +336,7 @@ func TestCache() string {
 
 // SmallImage makes a root file system of busybox: a shell, a web server and a
 // user for them.
-func SmallImage(t testing.TB) string {
+func SmallImage(t testing.TB, more ...map[string]string) string {
 	t.Helper()
 	busybox := lookBusybox(t)
 	dir := t.TempDir()
@@ -352,6 +354,9 @@ func SmallImage(t testing.TB) string {
 		"etc/group":          "root:x:0:\napp:x:20001:\n",
 		"srv/www/index.html": "served by the guest\n",
 		"usr/bin/marker":     "part of the image\n",
+	}
+	for _, m := range more {
+		maps.Copy(files, m)
 	}
 	for name, text := range files {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {

@@ -112,7 +112,7 @@ func declaredSecrets(vm *config.VM) []secrets.Secret {
 	var list []secrets.Secret
 	for _, s := range vm.Secrets {
 		list = append(list, secrets.Secret{
-			Name: s.Name, File: s.File, Generate: s.Generate, Stdin: s.Stdin, Mode: os.FileMode(s.Mode),
+			VM: vm.Name, Name: s.Name, File: s.File, Generate: s.Generate, Stdin: s.Stdin, Mode: os.FileMode(s.Mode),
 		})
 	}
 	return list

@@ -2,6 +2,7 @@ package host
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/clawvm/clawvm/config"
@@ -40,9 +41,14 @@ func ImageUsers(ctx context.Context, l Layout) (func(digest string) []string, er
 			// Not "uses none": what a broken declaration needs is not known.
 			return nil, fmt.Errorf("cannot tell which image VM %s uses: %w", e.Name, err)
 		}
-		// Of one that runs, it may be another than it runs from.
-		if digest, err := store.Digest(vm.Image); err == nil && digest != e.Image {
-			users[digest] = append(users[digest], e.Name)
+		image, err := store.Open(vm.Image)
+		switch {
+		case errors.Is(err, storage.ErrNoImage):
+		case errors.Is(err, storage.ErrCorrupt): // no VM starts from it; it has to go before it is made again
+		case err != nil:
+			return nil, fmt.Errorf("cannot tell which image VM %s uses: %w", e.Name, err)
+		case image.Digest != e.Image: // of one that runs, it may be another than it runs from
+			users[image.Digest] = append(users[image.Digest], e.Name)
 		}
 	}
 	return func(digest string) []string { return users[digest] }, nil

@@ -3,6 +3,7 @@ package network
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"runtime"
 	"strings"
 
@@ -43,6 +44,12 @@ func TryBridge() error {
 
 // TryTAP makes a TAP and opens it as a VMM does, after TryBridge.
 func TryTAP() error {
+	// The library's error doesn't say which file it could not open.
+	if tun, err := os.OpenFile("/dev/net/tun", os.O_RDWR, 0); err != nil {
+		return err
+	} else if err := tun.Close(); err != nil {
+		return err
+	}
 	p := Port{VM: trialGuest.VM, Address: trialGuest.Address, UID: 1, GID: 1}
 	if err := trialBridge.EnsurePort(p); err != nil {
 		return err

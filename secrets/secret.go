@@ -12,6 +12,7 @@ import (
 
 // Secret is a declared secret with its one source: File, Generate or Stdin.
 type Secret struct {
+	VM       string // whose it is, for messages
 	Name     string
 	File     string // absolute path of a file on the host
 	Generate int    // bytes of entropy; kept, and the same at every start

@@ -66,7 +66,7 @@ func TestCheck(t *testing.T) {
 	file := func(name string) Secret { return Secret{Name: name, File: at(name)} }
 	bad := []Secret{
 		file("absent"), file("empty"), file("world"), file("group"), file("execute"), file("large"), file("link"), file("dir"), file("pipe"),
-		{Name: "below", File: at("good/x")}, {Name: "token", Stdin: true}, {Name: "../x", Stdin: true}, {Name: ".hidden", Stdin: true},
+		{Name: "below", File: at("good/x")}, {VM: "web", Name: "token", Stdin: true}, {Name: "../x", Stdin: true}, {Name: ".hidden", Stdin: true},
 		{Name: "none"}, {Name: "two", Stdin: true, Generate: 32}, {Name: "short", Generate: 15}, {Name: "long", Generate: 1025},
 		{Name: "relative", File: "good"}, file("good"), file("good"),
 	}
@@ -81,7 +81,7 @@ func TestCheck(t *testing.T) {
 		"cannot use secret dir: DIR/dir: it isn't a regular file",
 		"cannot use secret pipe: DIR/pipe: it isn't a regular file",
 		"cannot use secret below: DIR/good/x: there is no such file; write the secret there (mode 0600), or declare another source",
-		"cannot use secret token: it was never given; `clawvm secret set VM token` reads it from standard input (KEEP/stdin/token: there is no such file)",
+		"cannot use secret token: it was never given; `clawvm secret set web token` reads it from standard input (KEEP/stdin/token: there is no such file)",
 		`"../x" is no name for a secret: a letter or digit, then letters, digits, ., _ and -, 64 at most`,
 		`".hidden" is no name for a secret: a letter or digit, then letters, digits, ., _ and -, 64 at most`,
 		"cannot use secret none: it has 0 sources: one of file, generate and stdin",
@@ -347,7 +347,7 @@ func TestSet(t *testing.T) {
 func TestList(t *testing.T) {
 	s, dir := stage(t), t.TempDir()
 	file := put(t, filepath.Join(dir, "file"), content, 0o644)
-	all := []Secret{mine(Secret{Name: "z", Generate: 16}), mine(Secret{Name: "b", Stdin: true}), mine(Secret{Name: "a", File: file})}
+	all := []Secret{mine(Secret{Name: "z", Generate: 16}), mine(Secret{VM: "web", Name: "b", Stdin: true}), mine(Secret{Name: "a", File: file})}
 	list := List(s.Keep, all)
 	if len(list) != 3 || list[0].Name != "a" || list[1].Name != "b" || list[2].Name != "z" {
 		t.Fatalf("the list is %+v", list)
@@ -355,7 +355,7 @@ func TestList(t *testing.T) {
 	if a := list[0]; !a.Present || a.Source != file || time.Since(a.Modified) > time.Hour || !strings.Contains(a.Problem, "chmod 600") {
 		t.Errorf("the file is %+v", a)
 	}
-	if b := list[1]; b.Present || b.Source != "standard input" || !strings.Contains(b.Problem, "clawvm secret set VM b") {
+	if b := list[1]; b.Present || b.Source != "standard input" || !strings.Contains(b.Problem, "clawvm secret set web b") {
 		t.Errorf("what was never given is %+v", b)
 	}
 	if z := list[2]; z.Present || z.Source != "generated, 16 bytes" || z.Problem != "" {

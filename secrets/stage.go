@@ -50,7 +50,7 @@ func (s Secret) explain(keep string, err error) error {
 	case err == nil:
 		return nil
 	case s.Stdin && errors.Is(err, ErrMissing):
-		return fmt.Errorf("cannot use secret %s: it was never given; `clawvm secret set VM %s` reads it from standard input (%s: %w)", s.Name, s.Name, s.Source(keep), err)
+		return fmt.Errorf("cannot use secret %s: it was never given; `clawvm secret set %s %s` reads it from standard input (%s: %w)", s.Name, s.VM, s.Name, s.Source(keep), err)
 	case s.File != "" && errors.Is(err, ErrMissing):
 		return fmt.Errorf("cannot use secret %s: %s: %w; write the secret there (mode 0600), or declare another source", s.Name, s.File, err)
 	case s.File != "" && errors.Is(err, ErrEmpty):

@@ -79,8 +79,10 @@ func (s *Store) importTree(ctx context.Context, what, name string, o ImportOptio
 			return fail(err)
 		}
 	}
-	if o.Expect != "" && !digestPattern.MatchString(o.Expect) {
-		return fail(fmt.Errorf("%q is no digest: want sha256: and 64 hexadecimal digits", o.Expect))
+	if o.Expect != "" {
+		if err := ValidDigest(o.Expect); err != nil {
+			return fail(err)
+		}
 	}
 	if err := s.prepare(); err != nil {
 		return fail(err)

@@ -144,6 +144,14 @@ func (s *Store) corrupt(ref string, image *Image, err error) error {
 	return fmt.Errorf("cannot use image %s: %w; remove it with `clawvm image rm %s` and build or import it again", label, err, ref)
 }
 
+// ValidDigest says whether a text is a digest.
+func ValidDigest(digest string) error {
+	if !digestPattern.MatchString(digest) {
+		return fmt.Errorf("%q is no digest: want sha256: and 64 hexadecimal digits", digest)
+	}
+	return nil
+}
+
 // List returns all images, the newest first. It reads their metadata only.
 func (s *Store) List() ([]Image, error) {
 	entries, err := os.ReadDir(filepath.Join(s.Dir, imagesDir))

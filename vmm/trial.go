@@ -1,11 +1,12 @@
 package vmm
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"runtime"
-	"time"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -44,9 +45,6 @@ var trialProgram = []byte{
 	0xee, // out dx, al
 	0xf4, // hlt
 }
-
-// trialLimit bounds the guest of four instructions.
-const trialLimit = time.Second
 
 // kvmRegs, kvmSegment, kvmSregs, kvmRegion and kvmRunState are the kernel's structs.
 type kvmRegs struct {
@@ -88,10 +86,10 @@ type kvmRunState struct {
 }
 
 // TryKVM runs a guest of four instructions in /dev/kvm: real mode, as every stock kernel begins. There are kernels in which the device
-// opens and makes VMs, and no such guest runs. It takes a millisecond, and nothing is left of it.
-func TryKVM() error { return tryKVM("/dev/kvm") }
+// opens and makes VMs, and no such guest runs. It takes a millisecond, ends with ctx at the latest, and nothing is left of it.
+func TryKVM(ctx context.Context) error { return tryKVM(ctx, "/dev/kvm") }
 
-func tryKVM(path string) (err error) {
+func tryKVM(ctx context.Context, path string) (err error) {
 	fd, err := unix.Open(path, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("cannot open %s: %w", path, err)
@@ -115,10 +113,10 @@ func tryKVM(path string) (err error) {
 	if err := ioctl(vm, kvmSetUserMemoryRegion, unsafe.Pointer(&region)); err != nil {
 		return fmt.Errorf("cannot give memory to a guest of %s: %w", path, err)
 	}
-	return tryVCPU(fd, vm, path)
+	return tryVCPU(ctx, fd, vm, path)
 }
 
-func tryVCPU(kvm, vm int, path string) (err error) {
+func tryVCPU(ctx context.Context, kvm, vm int, path string) (err error) {
 	cpu, err := unix.IoctlRetInt(vm, kvmCreateVCPU)
 	if err != nil {
 		return fmt.Errorf("cannot make a virtual CPU in %s: %w", path, err)
@@ -148,30 +146,43 @@ func tryVCPU(kvm, vm int, path string) (err error) {
 	if err := ioctl(cpu, kvmSetRegs, unsafe.Pointer(&kvmRegs{rip: trialCode, rflags: 2})); err != nil {
 		return fmt.Errorf("cannot set the registers of a guest of %s: %w", path, err)
 	}
-	return runTrial(cpu, shared, path)
+	return runTrial(ctx, cpu, shared, path)
 }
 
 // runTrial runs the guest until it halts, and looks that it wrote what it should.
-func runTrial(cpu int, shared []byte, path string) error {
+func runTrial(ctx context.Context, cpu int, shared []byte, path string) error {
 	run := (*kvmRunState)(unsafe.Pointer(&shared[0]))
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
-	thread, began := unix.Gettid(), time.Now()
-	// A guest that runs for ever is called back by a signal, which Go's runtime takes for one of its own.
-	watchdog := time.AfterFunc(trialLimit, func() {
+	thread := unix.Gettid()
+	// A guest that runs for ever is called back by a signal, which Go's runtime takes for one of its own. Not after the return, when
+	// the memory is gone and the thread does something else.
+	var mu sync.Mutex
+	over := false
+	stop := context.AfterFunc(ctx, func() {
+		mu.Lock()
+		defer mu.Unlock()
+		if over {
+			return
+		}
 		run.immediateExit = 1
 		if err := unix.Tgkill(os.Getpid(), thread, unix.SIGURG); err != nil {
-			return // the thread has ended, and so the guest
+			return // there is no such thread, which can't be: it is locked to this goroutine
 		}
 	})
-	defer watchdog.Stop()
+	defer func() {
+		stop()
+		mu.Lock()
+		defer mu.Unlock()
+		over = true
+	}()
 	wrote := false
 	for {
 		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(cpu), kvmRun, 0)
 		switch {
 		case errno == unix.EINTR || errno == 0 && run.exitReason == kvmExitIntr:
-			if time.Since(began) >= trialLimit {
-				return fmt.Errorf("a guest of four instructions did not end within %v in %s", trialLimit, path)
+			if ctx.Err() != nil {
+				return fmt.Errorf("a guest of four instructions does not end in %s", path)
 			}
 		case errno != 0:
 			return fmt.Errorf("cannot run a guest in %s: %w", path, errno)

@@ -1,11 +1,14 @@
 package vmm
 
 import (
+	"context"
 	"errors"
 	"io/fs"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 	"unsafe"
 )
 
@@ -35,16 +38,47 @@ func TestTryKVM(t *testing.T) {
 	if !f.Hardware() {
 		t.Skip("no KVM that a stock kernel boots in: " + f.noHardware())
 	}
-	if err := TryKVM(); err != nil {
+	if err := TryKVM(t.Context()); err != nil {
 		t.Error(err)
 	}
 }
 
-func TestTryKVMRefused(t *testing.T) {
-	if err := tryKVM(filepath.Join(t.TempDir(), "kvm")); !errors.Is(err, fs.ErrNotExist) {
+// A guest that runs for ever is ended, and whenever the time is over, nothing of the guest is touched after it.
+func TestTryKVMEnds(t *testing.T) {
+	vm, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		t.Skipf("no KVM: %v", err)
+	}
+	if err := vm.Close(); err != nil {
+		t.Fatal(err)
+	}
+	was := trialProgram
+	defer func() { trialProgram = was }()
+	trialProgram = []byte{0xeb, 0xfe} // jmp to itself
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if err := TryKVM(ctx); err == nil || !strings.Contains(err.Error(), "does not end") {
 		t.Error(err)
 	}
-	if err := tryKVM("/dev/null"); err == nil || !strings.Contains(err.Error(), "cannot make a VM in /dev/null") {
+	trialProgram = []byte{0xf4} // hlt, without a word
+	if err := TryKVM(t.Context()); err == nil || !strings.Contains(err.Error(), "exit reason 5") {
+		t.Error(err)
+	}
+	trialProgram = was
+	for i := range 50 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*20*time.Microsecond)
+		if err := TryKVM(ctx); err != nil && !strings.Contains(err.Error(), "does not end") {
+			t.Error(err)
+		}
+		cancel()
+	}
+}
+
+func TestTryKVMRefused(t *testing.T) {
+	if err := tryKVM(t.Context(), filepath.Join(t.TempDir(), "kvm")); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	if err := tryKVM(t.Context(), "/dev/null"); err == nil || !strings.Contains(err.Error(), "cannot make a VM in /dev/null") {
 		t.Error(err)
 	}
 }

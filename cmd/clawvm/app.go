@@ -26,28 +26,43 @@ func run(args []string) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	app := newApp()
-	err := app.RunContext(ctx, flagsFirst(app, args))
+	asked, foreign := completing(args)
+	if foreign {
+		return host.ExitOK
+	}
+	if !asked {
+		args = flagsFirst(app, args)
+	}
+	err := app.RunContext(ctx, args)
 	if err == nil {
 		return host.ExitOK
 	}
 	var quiet silent
 	if !errors.As(err, &quiet) {
-		say(err)
+		say(app, err)
 	}
 	return exitCode(err)
 }
 
 // say prints an error on standard error: of many that are joined, each with the
-// program's name before it.
-func say(err error) {
+// program's name before it. The commands in it are as the user has to type them,
+// but for what is about the command line itself.
+func say(app *cli.App, err error) {
 	if joined, ok := err.(interface{ Unwrap() []error }); ok && joinedText(err, joined.Unwrap()) {
 		for _, e := range joined.Unwrap() {
-			say(e)
+			say(app, e)
 		}
 		return
 	}
+	text := strings.TrimRight(err.Error(), "\n")
+	var usage usageError
+	if root, ok := app.Metadata[rootKey].(string); ok && !errors.As(err, &usage) {
+		if l, err := host.LookLayout(root); err == nil {
+			text = pasteable(app, l, text)
+		}
+	}
 	// It may repeat what a guest, an image or a server on the network said.
-	fmt.Fprintln(os.Stderr, "clawvm:", onScreen(strings.TrimRight(err.Error(), "\n")))
+	fmt.Fprintln(os.Stderr, "clawvm:", onScreen(text))
 }
 
 // joinedText says whether err is only the errors of the list, and adds nothing.
@@ -81,6 +96,7 @@ func newApp() *cli.App {
 		Version:                version,
 		UseShortOptionHandling: true,
 		Suggest:                true,
+		EnableBashCompletion:   true, // of every shell: see completion.go
 		Flags: []cli.Flag{
 			&cli.StringFlag{Name: "root", Value: "/", EnvVars: []string{"CLAWVM_ROOT"}, Usage: "keep everything below `DIR`, for a try-out that touches nothing of the system"},
 		},
@@ -89,7 +105,7 @@ func newApp() *cli.App {
 			lsCommand(), statusCommand(), logsCommand(), netCommand(),
 			execCommand(), shellCommand(), cpCommand(),
 			imageCommand(), kernelCommand(), secretCommand(), configCommand(),
-			doctorCommand(), gcCommand(), runCommand(),
+			doctorCommand(), gcCommand(), runCommand(), completionCommand(),
 		},
 		// Kept apart, because exec has a flag of the same name.
 		Before: func(c *cli.Context) error {
@@ -109,6 +125,7 @@ func newApp() *cli.App {
 	for _, c := range allCommands(app.Commands) {
 		c.OnUsageError = onUsageError
 		c.UseShortOptionHandling = true
+		c.BashComplete = complete(c)
 		if len(c.Subcommands) > 0 {
 			c.Action = func(c *cli.Context) error {
 				if c.Args().Present() {
@@ -245,12 +262,16 @@ func self(l host.Layout) string {
 	return strings.Join(words, " ")
 }
 
-// ownCommand is a command of this program in a text, at its beginning or after a space, a parenthesis or a quote.
-var ownCommand = regexp.MustCompile("(^|[ (`])clawvm ([a-z])")
-
-// pasteable is a text whose commands of this program are as the user would have to type them.
-func pasteable(l host.Layout, text string) string {
-	return ownCommand.ReplaceAllString(text, "${1}"+strings.ReplaceAll(self(l), "$", "$$")+" ${2}")
+// pasteable is a text in which the commands of this program, which packages below
+// write as `clawvm VERB`, are as the user would have to type them: with the same
+// path and the same root.
+func pasteable(app *cli.App, l host.Layout, text string) string {
+	var verbs []string
+	for _, c := range app.Commands {
+		verbs = append(verbs, c.Names()...)
+	}
+	own := regexp.MustCompile("(^|[\\s(`])clawvm ((?:" + strings.Join(verbs, "|") + ")\\b)")
+	return own.ReplaceAllString(text, "${1}"+strings.ReplaceAll(self(l), "$", "$$")+" ${2}")
 }
 
 // shellQuote is word as a POSIX shell reads it back.

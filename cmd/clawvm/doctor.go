@@ -19,13 +19,14 @@ func doctorCommand() *cli.Command {
 		Flags: []cli.Flag{
 			jsonFlag(),
 			&cli.BoolFlag{Name: "quiet", Aliases: []string{"q"}, Usage: "print only what is wrong or could not be looked at"},
+			&cli.DurationFlag{Name: "timeout", Value: doctor.DefaultLimit, Usage: "give each look `TIME`; they go on side by side"},
 			&cli.BoolFlag{Name: "verify", Usage: "read every image whole; takes seconds for each GiB"},
 		},
 		Action: func(c *cli.Context) error {
 			if c.NArg() > 1 {
 				return usageError{errors.New("clawvm doctor wants the name of one VM, or none")}
 			}
-			o := doctor.Options{Verify: c.Bool("verify")}
+			o := doctor.Options{Verify: c.Bool("verify"), Limit: c.Duration("timeout")}
 			var err error
 			if c.Args().Present() {
 				if o.VM, err = validName(c.Args().First()); err != nil {
@@ -40,7 +41,7 @@ func doctorCommand() *cli.Command {
 				return err
 			}
 			for i := range findings {
-				findings[i].Do = pasteable(o.Layout, findings[i].Do)
+				findings[i].Do = pasteable(c.App, o.Layout, findings[i].Do)
 			}
 			if c.Bool("json") {
 				err = printJSON(findings)

@@ -106,6 +106,11 @@ func imageImportCommand() *cli.Command {
 					return usageError{err}
 				}
 			}
+			if c.IsSet("digest") {
+				if err := storage.ValidDigest(c.String("digest")); err != nil {
+					return usageError{fmt.Errorf("--digest: %w", err)}
+				}
+			}
 			o := storage.ImportOptions{Expect: c.String("digest"), Note: func(s string) { fmt.Fprintln(os.Stderr, "note:", s) }}
 			image, err := importImage(c, l.Images(), source, name, o)
 			if err != nil {

@@ -53,10 +53,12 @@ type Options struct {
 	VM string
 	// Verify reads every image whole.
 	Verify bool
+	// Limit bounds each check, and so the whole, as they run side by side.
+	Limit time.Duration
 }
 
-// limit bounds each check, and so the whole, as they run side by side. It is above what a name server may take.
-const limit = 2800 * time.Millisecond
+// DefaultLimit is enough for a host that isn't emulated itself, and above what a name server may take.
+const DefaultLimit = 2800 * time.Millisecond
 
 // look is what checks share.
 type look struct {
@@ -141,7 +143,7 @@ func Run(ctx context.Context, o Options) ([]Finding, error) {
 func (c check) run(ctx context.Context, k *look) []Finding {
 	if !c.long || !k.Verify {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, limit)
+		ctx, cancel = context.WithTimeout(ctx, k.Limit)
 		defer cancel()
 	}
 	done := make(chan []Finding, 1)
@@ -150,7 +152,7 @@ func (c check) run(ctx context.Context, k *look) []Finding {
 	case found := <-done:
 		return found
 	case <-ctx.Done():
-		return []Finding{{Check: c.name, Severity: Unknown, Seen: fmt.Sprintf("no answer within %v", limit)}}
+		return []Finding{{Check: c.name, Severity: Unknown, Seen: fmt.Sprintf("no answer within %v", k.Limit), Do: "give it more time: --timeout"}}
 	}
 }
 

@@ -60,7 +60,7 @@ func processor(cpuinfo string) Finding {
 	return f
 }
 
-func checkKVM(_ context.Context, k *look) []Finding {
+func checkKVM(ctx context.Context, k *look) []Finding {
 	f := k.facts
 	const emulates = "without KVM, QEMU emulates guests, 10 to 30 times slower"
 	if _, err := os.Stat("/dev/kvm"); err == nil && !k.root {
@@ -78,7 +78,10 @@ func checkKVM(_ context.Context, k *look) []Finding {
 		}
 		return found("kvm", Warning, do+"; "+emulates, "%s", seen)
 	}
-	if err := vmm.TryKVM(); err != nil {
+	// Before the check's own end, by which nothing would be said of a guest that hangs.
+	ctx, cancel := context.WithTimeout(ctx, k.Limit*3/4)
+	defer cancel()
+	if err := vmm.TryKVM(ctx); err != nil {
 		return []Finding{{Check: "kvm", Severity: Error, Seen: err.Error(),
 			Do: "`dmesg | grep -i kvm` may say why; declare `vmm: qemu` and take the device away (modprobe -r kvm_amd kvm_intel) to have guests emulated"}}
 	}

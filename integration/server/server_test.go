@@ -48,6 +48,7 @@ func TestTables(t *testing.T) {
 	}
 	h.Must(t, "modprobe", "-a", "tun", "kvm-amd")
 	h.Must(t, "udevadm", "wait", "--timeout=60", "/dev/kvm", "/dev/net/tun")
+	t.Run("doctor", func(t *testing.T) { doctor(t, h, dir, program != "") })
 	for _, name := range []string{vmm.QEMU, vmm.CloudHypervisor} {
 		t.Run(name, func(t *testing.T) {
 			if name == vmm.CloudHypervisor && program == "" {

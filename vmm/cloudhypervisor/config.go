@@ -1,6 +1,7 @@
 package cloudhypervisor
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -148,14 +149,14 @@ func configure(m *vmm.Machine, landlock bool) *vmConfig {
 // check refuses what cloud-hypervisor would refuse in words that help less, or misunderstand.
 func check(m *vmm.Machine) error {
 	if m.VCPUs < 1 || m.Memory <= 0 || m.Kernel == "" {
-		return fmt.Errorf("cannot start %s: it needs a CPU, memory and a kernel", m.Name)
+		return errors.New("cannot start cloud-hypervisor: the machine needs a CPU, memory and a kernel")
 	}
 	if m.TAP != "" && len(m.MAC) == 0 {
-		return fmt.Errorf("cannot start %s: its network card %s has no MAC address", m.Name, m.TAP)
+		return fmt.Errorf("cannot start cloud-hypervisor: its network card %s has no MAC address", m.TAP)
 	}
 	for _, d := range m.Disks {
 		if d.ID == "" || len(d.ID) > 20 {
-			return fmt.Errorf("cannot start %s: the disk %s is called %q, and a disk's serial has 1 to 20 bytes", m.Name, d.Path, d.ID)
+			return fmt.Errorf("cannot start cloud-hypervisor: the disk %s is called %q, and a disk's serial has 1 to 20 bytes", d.Path, d.ID)
 		}
 	}
 	return checkSocketPath(apiPath(m))

@@ -527,7 +527,7 @@ func TestInsideRefusals(t *testing.T) {
 			r := newRig(t)
 			c.spoil(t, r)
 			got := startErr(t, t.Context(), r)
-			for _, want := range append(c.want, "cannot start test") {
+			for _, want := range append(c.want, "cannot start cloud-hypervisor") {
 				if !strings.Contains(got, want) {
 					t.Errorf("%q does not say %q", got, want)
 				}

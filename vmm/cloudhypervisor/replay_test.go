@@ -343,7 +343,7 @@ func TestStartFails(t *testing.T) {
 		d               double
 		want            []string
 	}{
-		{"refused", "no-kernel", double{}, []string{"cannot start recorded: cloud-hypervisor refused vm.boot: Error from API: The VM could not boot: Cannot open kernel file: No such file"}},
+		{"refused", "no-kernel", double{}, []string{"cannot start cloud-hypervisor: cloud-hypervisor refused vm.boot: Error from API: The VM could not boot: Cannot open kernel file: No such file"}},
 		{"the process ends without an answer", "too-much-memory", double{}, []string{"did not answer vm.boot", "it said: memory allocation of 34359640064 bytes failed"}},
 		{"the process ends at create", "too-much-memory", double{Die: "vm.create"}, []string{"did not answer vm.create"}},
 		{"a torn answer", "poweroff", double{Cut: "vm.boot"}, []string{"did not answer vm.boot"}},

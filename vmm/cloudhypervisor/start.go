@@ -117,7 +117,7 @@ func (i *instance) giveUp(why error) error {
 	} else if exit := i.Wait(); !refused(why) && exit.Code > 0 {
 		why = fmt.Errorf("%w; its exit code was %d", why, exit.Code)
 	}
-	return errors.Join(fmt.Errorf("cannot start %s: %w", i.machine.Name, why), err, i.Close())
+	return errors.Join(fmt.Errorf("cannot start cloud-hypervisor: %w", why), err, i.Close())
 }
 
 // landlocked says whether the kernel has the Landlock that cloud-hypervisor confines itself with.

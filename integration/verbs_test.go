@@ -45,6 +45,7 @@ func TestVerbs(t *testing.T) {
 	w.must(t, "up", "verbs")
 	v := verbs{w, image}
 	t.Run("reload", v.reload)
+	t.Run("memory given back", v.memoryGivenBack)
 	t.Run("pause", v.pause)
 	t.Run("upgrade", v.upgrade)
 	t.Run("kill of a paused VM", v.killPaused)
@@ -460,6 +461,59 @@ func (v verbs) upgrade(t *testing.T) {
 		}
 		v.must(t, "image", "rm", old)
 	})
+}
+
+// What the guest takes and frees again, in MiB, and what may stay of it with the
+// host: the guest reports whole free blocks of 2 MiB, two seconds after they were
+// freed, and keeps what it has read of its disks.
+const (
+	memoryTaken = 300
+	memoryStays = 60
+)
+
+// memoryGivenBack has the guest fill memory and free it, and looks that the host has
+// it again: the VMM's guest memory is a file in memory, shared with virtiofsd, and
+// a hole must be punched into it.
+func (v verbs) memoryGivenBack(t *testing.T) {
+	before := v.resident(t)
+	v.must(t, "exec", "--root", "verbs", "sh", "-c", fmt.Sprintf(
+		"mkdir -p /tmp/fill && mount -t tmpfs -o size=%[1]dM fill /tmp/fill && dd if=/dev/zero of=/tmp/fill/x bs=1M count=%[1]d", memoryTaken))
+	full := v.resident(t)
+	if full < before+memoryTaken*9/10 {
+		t.Errorf("the VMM has %d MiB after %d MiB were filled, and had %d before: what is measured here?", full, memoryTaken, before)
+	}
+	v.must(t, "exec", "--root", "verbs", "sh", "-c", "rm /tmp/fill/x && umount /tmp/fill")
+	began := time.Now()
+	after := full
+	eventually(t, "the host has the memory back", time.Minute, func() bool {
+		after = v.resident(t)
+		return after <= before+memoryStays
+	})
+	t.Logf("guest memory with the host: %d MiB before, %d MiB full, %d MiB %s after it was freed", before, full, after, time.Since(began).Round(100*time.Millisecond))
+}
+
+// resident is how much of the guest's memory the VMM holds, in MiB.
+func (v verbs) resident(t *testing.T) int {
+	t.Helper()
+	pids := v.processes(t, "verbs")["vmm"]
+	if len(pids) != 1 {
+		t.Fatalf("the VMM's processes: %v", pids)
+	}
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pids[0]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(raw)) {
+		if rest, ok := strings.CutPrefix(line, "RssShmem:"); ok {
+			var kib int
+			if _, err := fmt.Sscan(rest, &kib); err != nil {
+				t.Fatal(err)
+			}
+			return kib >> 10
+		}
+	}
+	t.Fatalf("no RssShmem in\n%s", raw)
+	return 0
 }
 
 // imageOf is the digest of the image that the VM runs from.

@@ -158,16 +158,21 @@ var badValue = regexp.MustCompile(`^invalid (?:boolean )?value "(.*)" for (?:fla
 // are about flags in a program.
 func onUsageError(c *cli.Context, err error, _ bool) error {
 	if m := badValue.FindStringSubmatch(err.Error()); m != nil {
-		return usageError{fmt.Errorf("cannot read %q as the value of the flag --%s; `%s --help` says what it takes", m[1], m[2], commandName(c))}
+		return usageError{fmt.Errorf("cannot read %q as the value of the flag %s; `%s --help` says what it takes", m[1], dashed(m[2]), commandName(c))}
 	}
 	if flag, ok := strings.CutPrefix(err.Error(), "flag provided but not defined: -"); ok {
-		dashes := "--"
-		if len(strings.TrimLeft(flag, "-")) == 1 {
-			dashes = "-"
-		}
-		err = fmt.Errorf("there is no flag %s%s", dashes, strings.TrimLeft(flag, "-"))
+		err = fmt.Errorf("there is no flag %s", dashed(flag))
 	}
 	return usageError{fmt.Errorf("%w; `%s --help` lists them", err, commandName(c))}
+}
+
+// dashed is a flag's name as it is typed.
+func dashed(flag string) string {
+	flag = strings.TrimLeft(flag, "-")
+	if len(flag) == 1 {
+		return "-" + flag
+	}
+	return "--" + flag
 }
 
 func allCommands(list []*cli.Command) []*cli.Command {

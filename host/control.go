@@ -117,6 +117,10 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 		s.requestDown(time.Duration(grace) * time.Millisecond)
 		w.WriteHeader(http.StatusAccepted)
 	})
+	mux.HandleFunc("POST /v1/start", func(w http.ResponseWriter, r *http.Request) {
+		s.startNow()
+		w.WriteHeader(http.StatusAccepted)
+	})
 	mux.HandleFunc("POST /v1/rotate", func(w http.ResponseWriter, r *http.Request) {
 		if err := s.rotate(); err != nil {
 			refuse(w, err)
@@ -289,6 +293,15 @@ func (c *Client) Follow(ctx context.Context, each func(Progress)) (Progress, err
 // returns when the request is taken, not when the VM is down.
 func (c *Client) Down(ctx context.Context, grace time.Duration) error {
 	resp, err := c.do(ctx, "POST", "down?grace="+strconv.FormatInt(grace.Milliseconds(), 10), nil)
+	if err != nil {
+		return err
+	}
+	return resp.Body.Close()
+}
+
+// Start has a VM that is Restarting start without waiting any longer.
+func (c *Client) Start(ctx context.Context) error {
+	resp, err := c.do(ctx, "POST", "start", nil)
 	if err != nil {
 		return err
 	}

@@ -313,8 +313,11 @@ func (l *life) shutDown(grace time.Duration) error {
 // awaitMessage waits during the start for the gate to say want.
 func (l *life) awaitMessage(ctx context.Context, want gate.Kind, limit time.Duration) error {
 	what, err := l.wait(ctx, watch{vmm: true, parts: true, limit: limit, until: func(m gate.Message) bool {
-		if m.Kind == gate.Progress {
+		switch m.Kind {
+		case gate.Progress:
 			l.journal.add(Progress{Step: l.Status().Step, State: StepNote, Text: m.Detail})
+		case gate.WorkloadEnded:
+			l.journal.add(Progress{Step: l.Status().Step, State: StepNote, Text: "the workload ended: " + m.Detail})
 		}
 		return m.Kind == want
 	}})

@@ -262,6 +262,10 @@ func (s *Supervisor) rest(ctx context.Context, e End, pause time.Duration) bool 
 	s.update(func(st *Status) {
 		*st = st.nextLife(e, pause)
 	})
+	select {
+	case <-s.wake: // of an earlier rest, which was over already
+	default:
+	}
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	select {
@@ -269,10 +273,20 @@ func (s *Supervisor) rest(ctx context.Context, e End, pause time.Duration) bool 
 		return false
 	case <-s.down:
 		return false
+	case <-s.wake:
+		s.logf("its owner starts it now")
 	case <-timer.C:
 	}
 	s.update(func(st *Status) { st.State, st.Again = Starting, time.Time{} })
 	return true
+}
+
+// startNow begins the next life of a VM that waits for it; another it leaves alone.
+func (s *Supervisor) startNow() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
 }
 
 // restartStep is what notes between two lives are about.

@@ -156,7 +156,7 @@ func TestKindOfAnError(t *testing.T) {
 func restingSupervisor(t *testing.T) (*Supervisor, *bytes.Buffer) {
 	t.Helper()
 	var said bytes.Buffer
-	return &Supervisor{name: "x", journal: newJournal(), log: log.New(&said, "", 0), down: make(chan time.Duration, 1),
+	return &Supervisor{name: "x", journal: newJournal(), log: log.New(&said, "", 0), down: make(chan time.Duration, 1), wake: make(chan struct{}, 1),
 		status: Status{State: Running, Ready: noon, Since: noon, Lost: "x"}}, &said
 }
 
@@ -188,6 +188,24 @@ func TestDownEndsTheWaitForTheNextLife(t *testing.T) {
 		}
 		if !strings.Contains(said.String(), "starting again in 8 s") {
 			t.Errorf("the log says %q", said)
+		}
+	})
+}
+
+func TestUpEndsTheWaitForTheNextLife(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := restingSupervisor(t)
+		s.startNow() // of a VM that doesn't wait: nothing comes of it
+		again := make(chan bool)
+		began := time.Now()
+		go func() { again <- s.rest(t.Context(), End{Time: began, Kind: EndPanic, Code: 1}, time.Minute) }()
+		time.Sleep(2 * time.Second)
+		s.startNow()
+		if !<-again {
+			t.Error("it is not started")
+		}
+		if took := time.Since(began); took != 2*time.Second {
+			t.Errorf("started after %s, want 2 s", took)
 		}
 	})
 }

@@ -30,6 +30,7 @@ type Supervisor struct {
 	lines   guestLines // used by the one life that there is at a time
 
 	down     chan time.Duration // requests to end, with the guest's grace
+	wake     chan struct{}      // the next life is to begin now
 	requests chan request       // what else is asked of a running VM
 	first    *beginning         // of what every later life is made; the lives' own
 
@@ -57,7 +58,7 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		log:     log.New(&boundedLog{out: out, path: l.VM(name).SupervisorLog()}, "", log.LstdFlags|log.Lmsgprefix),
 		spawner: newSpawner(l.Mark(name)),
 		journal: newJournal(),
-		down:    make(chan time.Duration, 1), requests: make(chan request),
+		down:    make(chan time.Duration, 1), wake: make(chan struct{}, 1), requests: make(chan request),
 		status: Status{Name: name, State: Starting, Started: time.Now().UTC(), PID: os.Getpid()},
 	}
 	// See Layout.relative.

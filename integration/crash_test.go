@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/clawvm/clawvm/host"
 )
 
 // crashVM is small, and has a process of each kind.
@@ -35,6 +37,9 @@ func TestKilledAtWill(t *testing.T) {
 	w.must(t, "down", "crash")
 	clean := w.snapshot(t)
 
+	want := map[string]host.EndKind{
+		"supervisor": host.EndSupervisor, "gate": host.EndGate, "vmm": host.EndVMMKilled, "virtiofsd": host.EndShare,
+	}
 	kinds := []string{"supervisor", "gate", "vmm", "virtiofsd", "all"}
 	for i, kind := range kinds {
 		t.Run(kind, func(t *testing.T) {
@@ -54,6 +59,9 @@ func TestKilledAtWill(t *testing.T) {
 			eventually(t, "all of the VM's processes are gone", 30*time.Second, func() bool {
 				return len(w.processes(t, "crash")) == 0
 			})
+			if e := w.entry(t, "crash"); want[kind] != "" && (e.State != host.Failed || e.End == nil || e.End.Kind != want[kind]) {
+				t.Errorf("%s, ended by %+v, want %s", e.State, e.End, want[kind])
+			}
 			// By turns: what gc leaves, and what the next up and down leave.
 			if i%2 == 0 {
 				w.must(t, "gc")

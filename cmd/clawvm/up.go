@@ -136,6 +136,11 @@ func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *s
 		if st.State == host.Paused {
 			return fmt.Errorf("VM %s is paused: %s resume %s lets it go on", name, self(l), name)
 		}
+		if st.State == host.Restarting {
+			if err := l.Dial(name).Start(ctx); err != nil {
+				return err
+			}
+		}
 		if st.State == host.Running {
 			screen.say(name, fmt.Sprintf("%s is up already (for %s)", name, human(time.Since(st.Started))))
 			return nil

@@ -9,6 +9,8 @@ import (
 const (
 	DefaultVCPUs       = 4
 	DefaultMemory      = 2 << 30
+	DefaultCPUWeight   = 100  // the kernel's own default
+	DefaultTasks       = 1024 // a VM with all vCPUs and shares that it may have takes some 400
 	DefaultOverlay     = 4 << 30
 	DefaultSecretMode  = 0o400
 	DefaultStopSignal  = "TERM"
@@ -45,6 +47,11 @@ const (
 	minMemoryOpenClaw = 1536 << 20 // with less the gateway is killed for want of memory at its first message
 	maxMemory         = 16 << 40
 	maxVCPUs          = 64
+	maxCPUs           = 256    // processors' time: more than 64 vCPUs, and what serves them, can take
+	maxCPUWeight      = 10_000 // the kernel's (cgroup v2, cpu.weight)
+	minTasks          = 64     // a VM with one vCPU and no shares takes some 30
+	maxTasks          = 1 << 20
+	minOverhead       = 64 << 20 // the least that a VMM takes, and some of the disks' pages
 	minDisk           = 16 << 20 // less than this leaves ext4 no room for its journal
 	maxDisk           = 64 << 40
 	diskBlock         = 4096 // an ext4 has blocks of this size
@@ -68,6 +75,7 @@ const (
 
 func (vm *VM) fillDefaults() {
 	vm.VCPUs, vm.Memory, vm.VMM = DefaultVCPUs, DefaultMemory, VMMAuto
+	vm.Limits = Limits{CPUWeight: DefaultCPUWeight, Tasks: DefaultTasks}
 	vm.Hostname, vm.Nameservers = vm.Name, DefaultNameservers()
 	vm.Overlay = Overlay{Size: DefaultOverlay}
 	vm.Egress.Mode, vm.Restart = EgressOpen, RestartOnFailure

@@ -32,7 +32,7 @@ type pair struct {
 
 func (vm *VM) show() []pair {
 	all := []pair{
-		{"image", vm.Image}, {"vcpus", vm.VCPUs}, {"memory", vm.Memory.String()}, {"vmm", vm.VMM}, {"kernel", optional(vm.Kernel)},
+		{"image", vm.Image}, {"vcpus", vm.VCPUs}, {"memory", vm.Memory.String()}, {"limits", vm.Limits.show()}, {"vmm", vm.VMM}, {"kernel", optional(vm.Kernel)},
 		{"address", nil}, {"mac", optional(vm.MAC)}, {"tap", optional(vm.TAP)}, {"hostname", vm.Hostname}, {"gateway", nil},
 		{"nameservers", listOf(vm.Nameservers)}, {"overlay", nil}, {"volumes", nil}, {"shares", nil}, {"secrets", nil},
 		{"ports", nil}, {"egress", []pair{{"mode", vm.Egress.Mode}}}, {"restart", vm.Restart}, {"health", nil}, {"run", nil}, {"openclaw", nil},

@@ -18,6 +18,7 @@ type VM struct {
 
 	VCPUs  int
 	Memory Size
+	Limits Limits
 	VMM    string // VMMAuto, VMMCloudHypervisor or VMMQEMU
 	Kernel string // empty: chosen; else an absolute path, or the name of a kernel in the store
 

@@ -25,6 +25,7 @@ func (d *decoder) vm(n *node, path string, vm *VM, h *Host) {
 				vm.Memory = s
 			}
 		}},
+		field{"limits", func(n *node, p string) { d.limits(n, p, &vm.Limits) }},
 		field{"vmm", func(n *node, p string) {
 			if s, ok := d.oneOf(n, p, VMMAuto, VMMCloudHypervisor, VMMQEMU); ok {
 				vm.VMM = s

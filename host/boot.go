@@ -31,7 +31,7 @@ func (l *life) describeMachine() vmm.Machine {
 		Disks:   l.disks,
 		TAP:     p.TAP, MAC: p.MAC,
 		Dir: l.layout.relative(l.paths.VMM()), UID: l.ids.vmm, GID: l.ids.vmm,
-		Console: l.sockets.console, Spawn: l.spawner.spawn,
+		Console: l.sockets.console, Spawn: l.spawnGuest,
 		InstructionClock: l.emulated && needsInstructionClock(l.vm),
 	}
 	if m.InstructionClock {
@@ -241,7 +241,7 @@ func (l *life) startShares(ctx context.Context) error {
 	l.machine.Shares, l.daemons = nil, nil
 	for _, s := range shares {
 		socket := l.layout.relative(filepath.Join(l.paths.VMM(), s.Tag+".sock"))
-		s.Socket, s.OwnerUID, s.OwnerGID, s.Spawn = socket, l.ids.vmm, l.ids.vmm, l.spawner.spawn
+		s.Socket, s.OwnerUID, s.OwnerGID, s.Spawn = socket, l.ids.vmm, l.ids.vmm, l.spawnGuest
 		log, err := l.logFile(l.paths.ShareLog(s.Tag))
 		if err != nil {
 			return err

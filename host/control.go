@@ -52,6 +52,8 @@ type Status struct {
 	// Lost is why the guest's agent can't be reached any more; the guest may live on.
 	Lost string `json:"lost,omitempty"`
 	PID  int    `json:"pid"` // the supervisor's
+	// Limits are those that hold; nil before the start has come to them.
+	Limits *Limits `json:"limits,omitempty"`
 	// Made is what the VM was started with; nil before its VMM is started.
 	Made *Made `json:"made,omitempty"`
 }

@@ -72,7 +72,7 @@ func (l *life) startGateProcess(c gate.Config, files []namedFile) (*gateProcess,
 	cmd.SysProcAttr = &syscall.SysProcAttr{
 		Credential: &syscall.Credential{Uid: uint32(l.ids.gate), Gid: uint32(l.ids.gate)},
 	}
-	if err := l.spawner.spawn(cmd); err != nil {
+	if err := l.spawnGate(cmd); err != nil {
 		return nil, fmt.Errorf("cannot start the gate: %w", err)
 	}
 	g.cmd = cmd

@@ -66,6 +66,11 @@ func Collect(ctx context.Context, l Layout, all bool) (removed []string, err err
 	for vm := range ruled {
 		names = append(names, vm)
 	}
+	grouped, err := l.cgroupsLeft()
+	if err != nil {
+		errs = append(errs, err)
+	}
+	names = append(names, grouped...)
 	slices.Sort(names)
 	for _, name := range slices.Compact(names) {
 		lock, err := takeLock(l.VM(name).Lock())
@@ -93,6 +98,11 @@ func Collect(ctx context.Context, l Layout, all bool) (removed []string, err err
 		}
 		if address, ok := ruled[name]; ok {
 			found = append(found, leftover{"packet filter rules of VM " + name, func() error { return rules.Remove(name, address) }})
+		}
+		if slices.Contains(grouped, name) {
+			found = append(found, leftover{"cgroup of VM " + name, func() error {
+				return errors.Join(l.subtree().sub(name).remove(), l.removeSubtree())
+			}})
 		}
 		rest, err := runLeftovers(l.VM(name))
 		if err != nil {

@@ -198,6 +198,7 @@ func (s *Supervisor) lives(ctx context.Context) (End, error) {
 		l := &life{Supervisor: s, clockSet: make(chan struct{}, 1)}
 		s.setLife(l)
 		kind, err := l.live(ctx)
+		err = l.explainEnd(err)
 		s.setLife(nil)
 		if l.vm != nil {
 			policy = l.vm.Restart

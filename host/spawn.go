@@ -29,8 +29,8 @@ type spawner struct {
 }
 
 type spawnRequest struct {
-	cmd  *exec.Cmd
-	done chan error
+	start func() error
+	done  chan error
 }
 
 func newSpawner(mark string) *spawner {
@@ -38,7 +38,7 @@ func newSpawner(mark string) *spawner {
 	go func() {
 		runtime.LockOSThread()
 		for r := range s.start {
-			r.done <- r.cmd.Start()
+			r.done <- r.start()
 		}
 	}()
 	return s
@@ -54,7 +54,15 @@ func childEnvironment() []string { return []string{"PATH=" + os.Getenv("PATH"), 
 const noHugePages = "GODEBUG=disablethp=1"
 
 // spawn starts cmd with the VM's mark and a parent-death signal.
-func (s *spawner) spawn(cmd *exec.Cmd) error {
+func (s *spawner) spawn(cmd *exec.Cmd) error { return s.spawnBy(cmd, cmd.Start) }
+
+// spawnDispensable is spawn, for a process that is to be killed before others when
+// the host has no memory left.
+func (s *spawner) spawnDispensable(cmd *exec.Cmd) error {
+	return s.spawnBy(cmd, func() error { return asDispensable(cmd.Start) })
+}
+
+func (s *spawner) spawnBy(cmd *exec.Cmd, start func() error) error {
 	if cmd.SysProcAttr == nil {
 		cmd.SysProcAttr = &syscall.SysProcAttr{}
 	}
@@ -66,7 +74,7 @@ func (s *spawner) spawn(cmd *exec.Cmd) error {
 		cmd.Env = childEnvironment()
 	}
 	cmd.Env = append(cmd.Env, markVariable+"="+s.mark)
-	r := spawnRequest{cmd, make(chan error, 1)}
+	r := spawnRequest{start, make(chan error, 1)}
 	s.start <- r
 	return <-r.done
 }

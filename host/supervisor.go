@@ -38,6 +38,8 @@ type Supervisor struct {
 	status Status
 	fields []config.Field // the declaration that the VM goes by
 	life   *life
+
+	cgroups *cgroupPlace // where the VM's cgroups are; nil where there are none (yet)
 }
 
 // heapGrowth: a supervisor does nothing for most of its life, and there is one
@@ -60,6 +62,9 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		journal: newJournal(),
 		down:    make(chan time.Duration, 1), wake: make(chan struct{}, 1), requests: make(chan request),
 		status: Status{Name: name, State: Starting, Started: time.Now().UTC(), PID: os.Getpid()},
+	}
+	if err := limitSupervisor(); err != nil {
+		return fmt.Errorf("cannot start VM %s: %w", name, err)
 	}
 	// See Layout.relative.
 	if err := os.Chdir(l.Root); err != nil {
@@ -98,7 +103,7 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 	}
 	s.logf("ended: %s", end.Kind)
 	s.journal.add(Progress{State: VMEnded, Text: end.Reason})
-	after := errors.Join(writeEnd(s.paths.LastEnd(), end), control.close(), s.tidy())
+	after := errors.Join(writeEnd(s.paths.LastEnd(), end), control.close(), s.leaveCgroup(), s.tidy())
 	if after != nil {
 		s.logf("%v", after)
 	}

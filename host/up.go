@@ -49,6 +49,7 @@ type life struct {
 	rules          network.Rules
 	disks          []vmm.Disk
 	sockets        sockets
+	leaves         leaves
 	machine        vmm.Machine
 	gate           *gateProcess
 	daemons        []*storage.Daemon
@@ -108,6 +109,7 @@ func steps() []step {
 		{"port", "network", (*life).attachPort},
 		{"sockets", "network", (*life).openSockets},
 		{"rules", "network", (*life).applyRules},
+		{"limits", "network", (*life).setLimits},
 		{"gate", "network", (*life).startGate},
 		{"boot document", "VM", (*life).writeBootDocument},
 		{"servers of shares", "VM", (*life).startShares},

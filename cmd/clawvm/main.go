@@ -3,6 +3,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 
 	"github.com/clawvm/clawvm/host"
@@ -11,6 +12,10 @@ import (
 )
 
 func main() {
+	if err := host.ForbidCores(); err != nil {
+		fmt.Fprintln(os.Stderr, "clawvm:", err)
+		os.Exit(host.ExitFailed)
+	}
 	// The program also is its own helper processes: the gate, and the builder
 	// inside an image's user namespace.
 	if len(os.Args) == 2 && os.Args[1] == host.GateArgument {

@@ -105,6 +105,10 @@ func printStatus(l host.Layout, e host.Entry) error {
 	if m := e.Made; m != nil {
 		row("clawvm", m.Clawvm)
 	}
+	if e.Limits != nil {
+		row("limits", e.Limits.String())
+		row("cgroup", e.Limits.Cgroup)
+	}
 	row("logs", l.VM(e.Name).Log)
 	if err := w.Flush(); err != nil {
 		return err

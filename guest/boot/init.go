@@ -56,6 +56,8 @@ func (g *guestInit) end(e ending) {
 // live runs the workload until the guest is to end.
 func (g *guestInit) live(s *supervisor) ending {
 	if s == nil {
+		// Nothing is to be waited for.
+		g.board.Post(agent.Event{Kind: agent.Ready, Uptime: uptime()})
 		return <-g.ends
 	}
 	over := make(chan outcome, 1)

@@ -22,6 +22,7 @@ require (
 	github.com/mdlayher/vsock v1.3.0
 	github.com/miekg/dns v1.1.73
 	github.com/pierrec/lz4/v4 v4.1.33
+	github.com/prometheus/procfs v0.23.0
 	github.com/songgao/water v0.0.0-20200317203138-2b4b6d7c09d8
 	github.com/ti-mo/conntrack v0.5.2
 	github.com/u-root/u-root v0.16.0

@@ -2,6 +2,7 @@ package integration
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -79,6 +80,30 @@ func TestLifeOfAVM(t *testing.T) {
 		}
 		if out := w.must(t, "ls"); !strings.Contains(out, "life") || !strings.Contains(out, "127.0.0.1:18080->8080/tcp") {
 			t.Errorf("ls prints\n%s", out)
+		}
+	})
+	t.Run("top", func(t *testing.T) {
+		var list []struct {
+			Name              string
+			CPU               float64
+			Memory, MemoryMax int64
+			Sent              uint64
+			Disk              int64
+			Tasks             int
+		}
+		out := w.must(t, "top", "--json", "life")
+		if err := json.Unmarshal([]byte(out), &list); err != nil || len(list) != 1 {
+			t.Fatalf("top prints %s (%v)", out, err)
+		}
+		u := list[0]
+		if u.Name != "life" || u.CPU <= 0 || u.Memory < 50<<20 || u.Memory > 2*u.MemoryMax || u.Sent == 0 || u.Disk == 0 || u.Tasks < 10 {
+			t.Errorf("top says %+v", u)
+		}
+		if out := w.must(t, "top"); !strings.HasPrefix(out, "NAME") || !strings.Contains(out, "life") {
+			t.Errorf("top prints %s", out)
+		}
+		if r := w.clawvm(t, "top", "nobody"); r.code != 4 {
+			t.Errorf("top of a VM that isn't declared: exit code %d, %s", r.code, r.stderr)
 		}
 	})
 	t.Run("exec", func(t *testing.T) {

@@ -102,7 +102,7 @@ func newApp() *cli.App {
 		},
 		Commands: []*cli.Command{
 			upCommand(), downCommand(), restartCommand(), reloadCommand(), pauseCommand(), resumeCommand(), rmCommand(),
-			lsCommand(), statusCommand(), logsCommand(), netCommand(),
+			lsCommand(), statusCommand(), logsCommand(), netCommand(), topCommand(),
 			execCommand(), shellCommand(), cpCommand(),
 			imageCommand(), kernelCommand(), secretCommand(), configCommand(),
 			doctorCommand(), gcCommand(), runCommand(), completionCommand(),

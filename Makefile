@@ -10,7 +10,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo deve
 
 GO      := scripts/go
 
-.PHONY: up down build test check bench fuzz install uninstall clean
+.PHONY: up down build test check bench fuzz soak install uninstall clean
 
 up: build
 	scripts/setup run
@@ -36,6 +36,10 @@ check:
 fuzz:
 	scripts/setup test
 	scripts/fuzz
+
+soak:
+	scripts/setup test
+	scripts/soak
 
 bench: build
 	scripts/setup test

@@ -265,7 +265,8 @@ func (r *round) strike(t *testing.T, m moment, victim string) (string, time.Dura
 	// counts as up, and an up would rightly have nothing to do.
 	if len(pids) > 0 && victim != "cli" {
 		world.Eventually(t, "the supervisor sees that its "+victim+" is gone", time.Minute, func() bool {
-			return r.w.Status(t, "soak").State != "ready" || !slices.Equal(r.w.Processes(t, "soak")["vmm"], vmm)
+			now := r.w.Processes(t, "soak")["vmm"]
+			return r.w.Status(t, "soak").State != "ready" || len(now) > 0 && !slices.Equal(now, vmm)
 		})
 	}
 	return fmt.Sprintf("%s killed during %s%s", victim, m.name, how), delay

@@ -243,7 +243,12 @@ func (w *World) Clawvm(t testing.TB, args ...string) Result {
 // ClawvmIn is Clawvm with a standard input.
 func (w *World) ClawvmIn(t testing.TB, stdin io.Reader, args ...string) Result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), CommandLimit)
+	return w.within(t, CommandLimit, stdin, args...)
+}
+
+func (w *World) within(t testing.TB, limit time.Duration, stdin io.Reader, args ...string) Result {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, filepath.Join(w.Bin, "clawvm"), append([]string{"--root", w.Root}, args...)...)
 	var stdout, stderr bytes.Buffer
@@ -260,7 +265,13 @@ func (w *World) ClawvmIn(t testing.TB, stdin io.Reader, args ...string) Result {
 // Must is Clawvm for a command that works; it returns what it printed.
 func (w *World) Must(t testing.TB, args ...string) string {
 	t.Helper()
-	r := w.Clawvm(t, args...)
+	return w.MustWithin(t, CommandLimit, args...)
+}
+
+// MustWithin is Must for a command that takes long.
+func (w *World) MustWithin(t testing.TB, limit time.Duration, args ...string) string {
+	t.Helper()
+	r := w.within(t, limit, nil, args...)
 	if r.Code != 0 {
 		t.Fatalf("clawvm %s: exit code %d\n%s%s%s", strings.Join(args, " "), r.Code, r.Stdout, r.Stderr, w.LastWords(args))
 	}

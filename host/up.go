@@ -149,6 +149,8 @@ func (l *life) live(ctx context.Context) (EndKind, error) {
 		// What the start needed, a running VM does not: the kernel's files above all, where they had to be made.
 		go debug.FreeOSMemory()
 		kind, err = l.awaitEnd(ctx)
+		// Who comes to follow from now on must not be told of the ready that is over.
+		l.journal.restart()
 	}
 	asked := ctx.Err() != nil
 	close(stopWatching)

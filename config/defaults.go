@@ -62,7 +62,8 @@ const (
 	maxPorts          = 64
 	maxSecrets        = 256
 	maxSecretName     = 64
-	minGenerate       = 16 // bytes: 128 bits
+	maxCredential     = 255 // a file's name
+	minGenerate       = 16  // bytes: 128 bits
 	maxGenerate       = 1024
 	maxTAP            = 15      // IFNAMSIZ less its zero
 	maxHostname       = 64      // HOST_NAME_MAX

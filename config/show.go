@@ -86,12 +86,12 @@ func (vm *VM) show() []pair {
 }
 
 func (s Secret) show() []pair {
-	all := []pair{{"file", optional(s.File)}, {"generate", nil}, {"stdin", nil}, {"owner", optional(s.Owner)}, {"mode", fmt.Sprintf("%04o", s.Mode)}}
+	all := []pair{{"file", optional(s.File)}, {"credential", optional(s.Credential)}, {"generate", nil}, {"stdin", nil}, {"owner", optional(s.Owner)}, {"mode", fmt.Sprintf("%04o", s.Mode)}}
 	if s.Generate > 0 {
-		all[1].value = s.Generate
+		all[2].value = s.Generate
 	}
 	if s.Stdin {
-		all[2].value = true
+		all[3].value = true
 	}
 	return all
 }

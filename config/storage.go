@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -105,11 +106,22 @@ func (d *decoder) secrets(n *node, path string) []Secret {
 	return all
 }
 
+// credentialPattern is what people call credentials; systemd takes any printable text without a slash.
+var credentialPattern = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9@._-]*$`)
+
 func (d *decoder) secret(name string, n *node, path string) Secret {
 	s := Secret{Name: name, Mode: DefaultSecretMode}
-	sources := []string{"file", "generate", "stdin"}
+	sources := []string{"file", "credential", "generate", "stdin"}
 	read := d.fields(n, path,
 		field{"file", func(n *node, p string) { s.File = d.hostPath(n, p) }},
+		field{"credential", func(n *node, p string) {
+			want := fmt.Sprintf("the ID that the unit's LoadCredential= has: a letter, digit or _, then letters, digits, @, ., _ and -, %d at most", maxCredential)
+			id, ok := d.name(n, p, want)
+			if ok && (!credentialPattern.MatchString(id) || len(id) > maxCredential) {
+				d.fail(n.place, p, quoted(id)+" is no ID of a credential", want)
+			}
+			s.Credential = id
+		}},
 		field{"generate", func(n *node, p string) {
 			if i, ok := d.integer(n, p, minGenerate, maxGenerate); ok {
 				s.Generate = int(i)
@@ -139,7 +151,7 @@ func (d *decoder) secret(name string, n *node, path string) Secret {
 		}
 	}
 	if read && there != 1 {
-		d.fail(n.place, path, howMany(n, sources...), "one source: {file: PATH}, {generate: 32} or {stdin: true}")
+		d.fail(n.place, path, howMany(n, sources...), "one source: {file: PATH}, {credential: ID}, {generate: 32} or {stdin: true}")
 	}
 	return s
 }

@@ -87,14 +87,15 @@ type Share struct {
 	ReadOnly bool
 }
 
-// Secret is a file under /run/secrets in the guest. Exactly one of File, Generate and Stdin is set.
+// Secret is a file under /run/secrets in the guest. Exactly one of File, Credential, Generate and Stdin is set.
 type Secret struct {
-	Name     string
-	File     string // absolute path on the host
-	Generate int    // bytes of entropy
-	Stdin    bool   // given by `clawvm secret set`
-	Owner    string // a user of the image or a uid; empty: the workload's user
-	Mode     uint32
+	Name       string
+	File       string // absolute path on the host
+	Credential string // its ID among those that systemd gives to the VM's unit (LoadCredential=)
+	Generate   int    // bytes of entropy
+	Stdin      bool   // given by `clawvm secret set`
+	Owner      string // a user of the image or a uid; empty: the workload's user
+	Mode       uint32
 }
 
 // Port publishes a TCP port of the guest on the host.

@@ -89,7 +89,7 @@ func (l *life) writeBootDocument(context.Context) error {
 		return err
 	}
 	// The document holds no secret, and is still nobody's business but the VMM's.
-	return errors.Join(kernel.WriteInitramfs(f, l.boot.Initramfs, raw), f.Chown(0, l.ids.vmm), f.Close())
+	return errors.Join(kernel.WriteInitramfs(f, l.boot.Initramfs, raw), f.Chmod(0o640), f.Chown(0, l.ids.vmm), f.Close())
 }
 
 // documentFacts is what a boot document says beside the declaration.

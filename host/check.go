@@ -28,7 +28,7 @@ import (
 // Check does the first steps of up, those that change nothing: it says all that
 // is wrong with a VM's declaration, or missing on the host.
 func Check(ctx context.Context, l Layout, name string) error {
-	s := &Supervisor{layout: l, paths: l.VM(name), name: name, journal: newJournal(), log: log.New(io.Discard, "", 0)}
+	s := &Supervisor{layout: l, paths: l.VM(name), name: name, checking: true, journal: newJournal(), log: log.New(io.Discard, "", 0)}
 	life := &life{Supervisor: s}
 	if st, err := l.Dial(name).Status(ctx); err == nil {
 		life.own = st.Ports // those that it holds are free when it is started again
@@ -87,6 +87,9 @@ func (l *life) loadDeclaration(context.Context) error {
 			l.note("declaration", "%s", weak)
 		}
 	}
+	l.mu.Lock()
+	l.policy = l.vm.Restart
+	l.mu.Unlock()
 	l.update(func(st *Status) {
 		st.VCPUs, st.Memory = l.vm.VCPUs, int64(l.vm.Memory)
 		st.Ports = portTexts(l.vm.Ports)
@@ -101,8 +104,11 @@ func portText(p config.Port) string {
 
 // checkSecrets looks at every source, so that a missing secret stops the start
 // before anything is made.
-func (l *life) checkSecrets(context.Context) error {
+func (l *life) checkSecrets(ctx context.Context) error {
 	l.secrets = declaredSecrets(l.vm)
+	if err := findCredentials(ctx, l.layout, l.name, l.secrets, !l.checking); err != nil {
+		return err
+	}
 	return coded(ExitDeclaration, secrets.Check(l.paths.KeptSecrets(), l.secrets))
 }
 
@@ -112,19 +118,20 @@ func declaredSecrets(vm *config.VM) []secrets.Secret {
 	var list []secrets.Secret
 	for _, s := range vm.Secrets {
 		list = append(list, secrets.Secret{
-			VM: vm.Name, Name: s.Name, File: s.File, Generate: s.Generate, Stdin: s.Stdin, Mode: os.FileMode(s.Mode),
+			VM: vm.Name, Name: s.Name, File: s.File, Credential: s.Credential, Generate: s.Generate, Stdin: s.Stdin, Mode: os.FileMode(s.Mode),
 		})
 	}
 	return list
 }
 
 // Secrets are the secrets that the declaration of VM name has.
-func Secrets(l Layout, name string) ([]secrets.Secret, error) {
+func Secrets(ctx context.Context, l Layout, name string) ([]secrets.Secret, error) {
 	_, vm, err := l.load(name)
 	if err != nil {
 		return nil, err
 	}
-	return declaredSecrets(vm), nil
+	list := declaredSecrets(vm)
+	return list, findCredentials(ctx, l, name, list, false)
 }
 
 // user is who the workload runs as.
@@ -135,7 +142,7 @@ type user struct {
 
 // openImage finds the image in the store, checks it against its manifest, and
 // looks up the users that the declaration names.
-func (l *life) openImage(context.Context) error {
+func (l *life) openImage(ctx context.Context) error {
 	store := storage.Store{Dir: l.layout.Store()}
 	var err error
 	ref := l.vm.Image
@@ -149,14 +156,17 @@ func (l *life) openImage(context.Context) error {
 	if l.user, err = l.lookUp(workloadUser(l.vm)); err != nil {
 		return coded(ExitDeclaration, err)
 	}
-	l.secrets, err = l.ownedSecrets(l.vm)
+	l.secrets, err = l.ownedSecrets(ctx, l.vm)
 	return err
 }
 
 // ownedSecrets are a declaration's secrets, with the numbers that their owners
 // have in the image.
-func (l *life) ownedSecrets(vm *config.VM) ([]secrets.Secret, error) {
+func (l *life) ownedSecrets(ctx context.Context, vm *config.VM) ([]secrets.Secret, error) {
 	list := declaredSecrets(vm)
+	if err := findCredentials(ctx, l.layout, l.name, list, !l.checking); err != nil {
+		return nil, err
+	}
 	for i, s := range vm.Secrets {
 		owner := l.user
 		if s.Owner != "" {

@@ -179,6 +179,8 @@ func (l *life) heed(m gate.Message) {
 		l.update(func(st *Status) { st.Lost = m.Detail })
 	case gate.Progress:
 		l.guestf("guest: %s", m.Detail)
+	case gate.Answers:
+		l.hear(time.Now())
 	case gate.ClockSet:
 		l.heedClock(m)
 	case gate.Ready:

@@ -23,6 +23,7 @@ const (
 	ExitCrashLoop   = 75  // the VM failed again and again, and is not started any more (EX_TEMPFAIL)
 	ExitNoPerm      = 77  // not root (EX_NOPERM)
 	ExitDeclaration = 78  // the declaration, or what it names, is wrong: starting again does not help (EX_CONFIG)
+	ExitForGood     = 79  // run, under a service manager: the VM ended, and its restart policy does not start it again
 	ExitTimeout     = 124 // not ready in time (as timeout(1))
 	ExitExec        = 125 // clawvm exec itself failed, and not the program (as docker)
 )

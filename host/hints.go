@@ -24,7 +24,7 @@ func Hints(l Layout, name string) []string {
 		hints = append(hints, fmt.Sprintf("curl http://%s/startupz", at))
 		for _, s := range vm.Secrets {
 			if s.Name == vm.OpenClaw.Auth.TokenFile && vm.OpenClaw.Auth.Mode == config.AuthToken {
-				token := secrets.Secret{Name: s.Name, File: s.File, Generate: s.Generate, Stdin: s.Stdin}.Source(l.VM(name).KeptSecrets())
+				token := secrets.Secret{Name: s.Name, File: s.File, Credential: s.Credential, Credentials: unitCredentials(name), Generate: s.Generate, Stdin: s.Stdin}.Source(l.VM(name).KeptSecrets())
 				hints = append(hints, fmt.Sprintf(`curl -H "Authorization: Bearer $(cat %s)" -H 'Content-Type: application/json' -d '{"tool":"sessions_list","args":{}}' http://%s/tools/invoke`, token, at))
 			}
 		}

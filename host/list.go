@@ -28,6 +28,8 @@ type Entry struct {
 	Pending []Pending `json:"pending,omitempty"`
 	// Declared: false for a VM that runs although its declaration is gone.
 	Declared bool `json:"declared"`
+	// Enabled: systemd brings it up at boot.
+	Enabled bool `json:"enabled"`
 }
 
 // What Entry.Health says.
@@ -104,6 +106,7 @@ func List(ctx context.Context, l Layout) ([]Entry, error) {
 		}
 	}
 	hostConfig, hostErr := config.LoadHost(l.HostConfig())
+	enabled := enabledVMs(l)
 	entries := make([]Entry, len(list))
 	next := newOutlook(l)
 	slots := make(chan struct{}, listParallel)
@@ -112,7 +115,7 @@ func List(ctx context.Context, l Layout) ([]Entry, error) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			entries[i] = look(ctx, l, name, hostConfig, hostErr, next)
-			entries[i].Declared = all[name]
+			entries[i].Declared, entries[i].Enabled = all[name], enabled[name]
 			<-slots
 		})
 	}
@@ -133,7 +136,7 @@ func Look(ctx context.Context, l Layout, name string) (Entry, error) {
 	}
 	hostConfig, hostErr := config.LoadHost(l.HostConfig())
 	e := look(ctx, l, name, hostConfig, hostErr, newOutlook(l))
-	e.Declared = err == nil
+	e.Declared, e.Enabled = err == nil, enabledVMs(l)[name]
 	return e, nil
 }
 

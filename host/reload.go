@@ -97,7 +97,7 @@ func (l *life) adopt(vm *config.VM) (err error) {
 	shared := l.staged
 	l.staging.Unlock()
 	if shared && !slices.Equal(l.vm.Secrets, vm.Secrets) {
-		list, err := l.ownedSecrets(vm)
+		list, err := l.ownedSecrets(context.Background(), vm)
 		if err != nil {
 			return err
 		}

@@ -29,6 +29,12 @@ type Supervisor struct {
 	journal *journal
 	lines   guestLines // used by the one life that there is at a time
 
+	checking bool          // nothing is started: see Check
+	grace    time.Duration // of the last request to end; this and what follows guarded by mu
+	policy   string        // the declaration's `restart:`, once it is read
+	lived    bool          // the VM was ready once
+	heard    time.Time     // when the guest's agent answered last
+
 	down     chan time.Duration // requests to end, with the guest's grace
 	wake     chan struct{}      // the next life is to begin now
 	requests chan request       // what else is asked of a running VM
@@ -95,6 +101,7 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 	if err := writeEnd(s.paths.LastEnd(), killed); err != nil {
 		s.logf("%v", err)
 	}
+	defer s.attend()()
 	stop := s.reloadOnHangup(ctx)
 	end, err := s.lives(ctx)
 	stop()
@@ -108,14 +115,18 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		s.logf("%v", after)
 	}
 	if err = errors.Join(err, after); err != nil {
-		return &LoggedError{err}
+		return &LoggedError{err, s.decided(end.Kind)}
 	}
 	return nil
 }
 
 // LoggedError is an error that Supervise has written to its log, which needs no
 // second mention there.
-type LoggedError struct{ Err error }
+type LoggedError struct {
+	Err error
+	// Decided: the supervisor would have started the VM again, if that was wanted.
+	Decided bool
+}
 
 func (e *LoggedError) Error() string { return e.Err.Error() }
 func (e *LoggedError) Unwrap() error { return e.Err }
@@ -138,10 +149,8 @@ func (s *Supervisor) Status() Status {
 func (s *Supervisor) update(change func(*Status)) {
 	s.mu.Lock()
 	change(&s.status)
-	text := string(s.status.State)
-	if s.status.Step != "" {
-		text = s.status.Step
-	}
+	s.lived = s.lived || !s.status.Ready.IsZero()
+	text := statusText(s.status)
 	s.mu.Unlock()
 	s.tellSystemd("STATUS=" + text)
 }
@@ -157,6 +166,9 @@ func (s *Supervisor) tellSystemd(state string) {
 
 // requestDown asks for the VM's end. The first request counts.
 func (s *Supervisor) requestDown(grace time.Duration) {
+	s.mu.Lock()
+	s.grace = grace
+	s.mu.Unlock()
 	select {
 	case s.down <- grace:
 	default:

@@ -11,18 +11,42 @@ import (
 
 // Why a source can't be used. The errors of Check and Write wrap them.
 var (
-	ErrMissing     = errors.New("there is no such file")
-	ErrEmpty       = errors.New("the file is empty")
-	ErrNotRegular  = errors.New("it isn't a regular file")
-	ErrExposed     = errors.New("others may read it")
-	ErrTooLarge    = errors.New("it is larger than 1 MiB")
-	ErrUnavailable = errors.New("it can't be read")
+	ErrNoCredentials = errors.New("there are no credentials")
+	ErrMissing       = errors.New("there is no such file")
+	ErrEmpty         = errors.New("the file is empty")
+	ErrNotRegular    = errors.New("it isn't a regular file")
+	ErrExposed       = errors.New("others may read it")
+	ErrTooLarge      = errors.New("it is larger than 1 MiB")
+	ErrUnavailable   = errors.New("it can't be read")
 )
 
 // open opens and checks a source without following a link in its last part, or waiting for a pipe's writer. The caller closes it.
 // A link in a directory's name is followed: that is how sops and Kubernetes replace many secrets at once.
 func open(path string) (*os.File, int64, error) {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(path, readOnly, 0)
+	return opened(fd, path, err)
+}
+
+// readOnly is how sources are opened: never a link, and without waiting for a pipe's writer.
+const readOnly = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK | unix.O_NOCTTY | unix.O_CLOEXEC
+
+// openSource opens and checks the secret's source. What a service manager put into a directory is looked for there and nowhere
+// else, by no link at all. The caller closes it.
+func (s Secret) openSource(keep string) (*os.File, int64, error) {
+	path := s.Source(keep)
+	if s.Credential == "" {
+		return open(path)
+	}
+	dir, err := unix.Open(s.Credentials, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return opened(-1, path, err)
+	}
+	fd, err := unix.Openat2(dir, s.Credential, &unix.OpenHow{Flags: readOnly, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS})
+	f, size, err := opened(fd, path, err)
+	return f, size, errors.Join(err, unix.Close(dir))
+}
+
+func opened(fd int, path string, err error) (*os.File, int64, error) {
 	switch {
 	case errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
 		return nil, 0, ErrMissing
@@ -65,9 +89,9 @@ func closed(f *os.File) error {
 	return nil
 }
 
-// load reads a source. The caller wipes the value.
-func load(path string) (*Value, error) {
-	f, size, err := open(path)
+// load reads the secret's source. The caller wipes the value.
+func (s Secret) load(keep string) (*Value, error) {
+	f, size, err := s.openSource(keep)
 	if err != nil {
 		return nil, err
 	}

@@ -10,14 +10,20 @@ import (
 	"regexp"
 )
 
-// Secret is a declared secret with its one source: File, Generate or Stdin.
+// Secret is a declared secret with its one source: File, Credential, Generate or Stdin.
 type Secret struct {
-	VM       string // whose it is, for messages
-	Name     string
-	File     string // absolute path of a file on the host
-	Generate int    // bytes of entropy; kept, and the same at every start
-	Stdin    bool   // what Set kept
-	UID, GID int    // who may read it in the guest
+	VM   string // whose it is, for messages
+	Name string
+	File string // absolute path of a file on the host
+	// Credential is the name of a file in Credentials, where a service manager put it. Credentials is empty where none
+	// did. Awaited: one will, before the VM starts, so that there is nothing to look at yet.
+	Credential  string
+	Credentials string // absolute
+	Awaited     bool
+
+	Generate int  // bytes of entropy; kept, and the same at every start
+	Stdin    bool // what Set kept
+	UID, GID int  // who may read it in the guest
 	Mode     os.FileMode
 }
 
@@ -84,6 +90,8 @@ func (s Secret) Source(keep string) string {
 	switch {
 	case s.File != "":
 		return s.File
+	case s.Credential != "":
+		return filepath.Join(s.Credentials, s.Credential)
 	case s.Generate > 0:
 		return filepath.Join(keep, generatedDir, s.Name)
 	default:
@@ -96,6 +104,8 @@ func (s Secret) describe() string {
 	switch {
 	case s.File != "":
 		return s.File
+	case s.Credential != "":
+		return "credential " + s.Credential
 	case s.Generate > 0:
 		return fmt.Sprintf("generated, %d bytes", s.Generate)
 	default:
@@ -109,16 +119,18 @@ func (s Secret) check() error {
 		return err
 	}
 	sources := 0
-	for _, there := range []bool{s.File != "", s.Generate != 0, s.Stdin} {
+	for _, there := range []bool{s.File != "", s.Credential != "", s.Generate != 0, s.Stdin} {
 		if there {
 			sources++
 		}
 	}
 	switch {
 	case sources != 1:
-		return fmt.Errorf("cannot use secret %s: it has %d sources: one of file, generate and stdin", s.Name, sources)
+		return fmt.Errorf("cannot use secret %s: it has %d sources: one of file, credential, generate and stdin", s.Name, sources)
 	case s.File != "" && !filepath.IsAbs(s.File):
 		return fmt.Errorf("cannot use secret %s: %s isn't an absolute path", s.Name, s.File)
+	case s.Credential != "" && s.Credentials == "" && !s.Awaited:
+		return fmt.Errorf("cannot use secret %s: %w: systemd gives them to the unit clawvm@%s, and this is no start of it; start the VM by systemd, or declare another source", s.Name, ErrNoCredentials, s.VM)
 	case s.Generate != 0 && (s.Generate < MinGenerate || s.Generate > MaxGenerate):
 		return fmt.Errorf("cannot use secret %s: %d bytes of entropy: from %d to %d", s.Name, s.Generate, MinGenerate, MaxGenerate)
 	}

@@ -64,11 +64,16 @@ func TestCheck(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := func(name string) Secret { return Secret{Name: name, File: at(name)} }
+	outside := put(t, filepath.Join(filepath.Dir(dir), "outside"), content, 0o600)
+	credential := func(id string) Secret {
+		return Secret{VM: "vm", Name: "c-" + filepath.Base(id), Credential: id, Credentials: dir}
+	}
 	bad := []Secret{
 		file("absent"), file("empty"), file("world"), file("group"), file("execute"), file("large"), file("link"), file("dir"), file("pipe"),
 		{Name: "below", File: at("good/x")}, {VM: "web", Name: "token", Stdin: true}, {Name: "../x", Stdin: true}, {Name: ".hidden", Stdin: true},
 		{Name: "none"}, {Name: "two", Stdin: true, Generate: 32}, {Name: "short", Generate: 15}, {Name: "long", Generate: 1025},
 		{Name: "relative", File: "good"}, file("good"), file("good"),
+		{VM: "vm", Name: "unmanaged", Credential: "good"}, credential("gone"), credential("link"), credential("../outside"), credential("group"),
 	}
 	want := []string{
 		"cannot use secret absent: DIR/absent: there is no such file; write the secret there (mode 0600), or declare another source",
@@ -84,12 +89,17 @@ func TestCheck(t *testing.T) {
 		"cannot use secret token: it was never given; `clawvm secret set web token` reads it from standard input (KEEP/stdin/token: there is no such file)",
 		`"../x" is no name for a secret: a letter or digit, then letters, digits, ., _ and -, 64 at most`,
 		`".hidden" is no name for a secret: a letter or digit, then letters, digits, ., _ and -, 64 at most`,
-		"cannot use secret none: it has 0 sources: one of file, generate and stdin",
-		"cannot use secret two: it has 2 sources: one of file, generate and stdin",
+		"cannot use secret none: it has 0 sources: one of file, credential, generate and stdin",
+		"cannot use secret two: it has 2 sources: one of file, credential, generate and stdin",
 		"cannot use secret short: 15 bytes of entropy: from 16 to 1024",
 		"cannot use secret long: 1025 bytes of entropy: from 16 to 1024",
 		"cannot use secret relative: good isn't an absolute path",
 		"cannot use secret good: it is declared twice",
+		"cannot use secret unmanaged: there are no credentials: systemd gives them to the unit clawvm@vm, and this is no start of it; start the VM by systemd, or declare another source",
+		"cannot use secret c-gone: there is no credential gone in DIR; add `LoadCredential=gone:/path/of/its/file` to the unit: `systemctl edit clawvm@vm`",
+		"cannot use secret c-link: DIR/link: it isn't a regular file: it is a symbolic link; name what it points to",
+		"cannot use secret c-outside: OUTSIDE: it can't be read: invalid cross-device link",
+		"cannot use secret c-group: DIR/group: others may read it (mode 0640); chmod 600 DIR/group",
 	}
 	if os.Getuid() != 0 { // root reads everything
 		put(t, at("locked"), content, 0)
@@ -99,16 +109,16 @@ func TestCheck(t *testing.T) {
 	if err == nil {
 		t.Fatal("nothing is wrong")
 	}
-	got := strings.NewReplacer(dir, "DIR", keep, "KEEP").Replace(err.Error())
+	got := strings.NewReplacer(outside, "OUTSIDE", dir, "DIR", keep, "KEEP").Replace(err.Error())
 	if got != strings.Join(want, "\n") {
 		t.Errorf("the problems are\n%s\nwant\n%s", got, strings.Join(want, "\n"))
 	}
-	for _, reason := range []error{ErrMissing, ErrEmpty, ErrExposed, ErrTooLarge, ErrNotRegular} {
+	for _, reason := range []error{ErrNoCredentials, ErrMissing, ErrEmpty, ErrExposed, ErrTooLarge, ErrNotRegular} {
 		if !errors.Is(err, reason) {
 			t.Errorf("the error isn't %q", reason)
 		}
 	}
-	if err := Check(keep, []Secret{file("good"), file("good400"), file("limit"), {Name: "new", Generate: 32}}); err != nil {
+	if err := Check(keep, []Secret{file("good"), file("good400"), file("limit"), {Name: "new", Generate: 32}, credential("good400"), {Name: "later", Credential: "x", Awaited: true}}); err != nil {
 		t.Errorf("what is right is refused: %v", err)
 	}
 	if _, err := os.Stat(filepath.Join(keep, generatedDir)); !errors.Is(err, os.ErrNotExist) {
@@ -366,5 +376,22 @@ func TestList(t *testing.T) {
 	}
 	if z := List(s.Keep, all)[2]; !z.Present || z.Problem != "" || z.Modified.IsZero() {
 		t.Errorf("what is generated is %+v", z)
+	}
+}
+
+// What systemd gives is staged like any other source, and read only where systemd put it.
+func TestWriteCredential(t *testing.T) {
+	s, dir := stage(t), t.TempDir()
+	put(t, filepath.Join(dir, "api-key"), content, 0o400)
+	key := mine(Secret{Name: "key", Credential: "api-key", Credentials: dir})
+	if err := s.Write([]Secret{key}); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(t, filepath.Join(s.Dir, "key")); got != content {
+		t.Errorf("the file holds %q", got)
+	}
+	key.Credentials, key.Awaited = "", true
+	if err := s.Write([]Secret{key}); err == nil {
+		t.Error("a secret that is still awaited was staged")
 	}
 }

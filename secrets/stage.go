@@ -34,7 +34,10 @@ func (s Secret) problem(keep string) error {
 	if err := s.check(); err != nil {
 		return err
 	}
-	f, _, err := open(s.Source(keep))
+	if s.Awaited {
+		return nil
+	}
+	f, _, err := s.openSource(keep)
 	if err == nil {
 		err = closed(f)
 	}
@@ -51,6 +54,8 @@ func (s Secret) explain(keep string, err error) error {
 		return nil
 	case s.Stdin && errors.Is(err, ErrMissing):
 		return fmt.Errorf("cannot use secret %s: it was never given; `clawvm secret set %s %s` reads it from standard input (%s: %w)", s.Name, s.VM, s.Name, s.Source(keep), err)
+	case s.Credential != "" && errors.Is(err, ErrMissing):
+		return fmt.Errorf("cannot use secret %s: there is no credential %s in %s; add `LoadCredential=%s:/path/of/its/file` to the unit: `systemctl edit clawvm@%s`", s.Name, s.Credential, s.Credentials, s.Credential, s.VM)
 	case s.File != "" && errors.Is(err, ErrMissing):
 		return fmt.Errorf("cannot use secret %s: %s: %w; write the secret there (mode 0600), or declare another source", s.Name, s.File, err)
 	case s.File != "" && errors.Is(err, ErrEmpty):
@@ -105,7 +110,7 @@ func (s Stage) writeOne(dir int, secret Secret) error {
 			return err
 		}
 	}
-	v, err := load(secret.Source(s.Keep))
+	v, err := secret.load(s.Keep)
 	if err != nil {
 		return secret.explain(s.Keep, err)
 	}

@@ -86,8 +86,11 @@ func newWatch(all []Secret) (*watch, error) {
 	}
 	w := &watch{watcher: watcher, seen: map[string]identity{}, watched: map[string]identity{}}
 	for _, s := range all {
-		if s.File != "" {
+		switch {
+		case s.File != "":
 			w.sources = append(w.sources, s.File)
+		case s.Credential != "": // newer versions of systemd can replace it while the unit runs
+			w.sources = append(w.sources, s.Source(""))
 		}
 	}
 	return w, nil

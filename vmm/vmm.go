@@ -104,6 +104,8 @@ type Instance interface {
 	// Resume lets a paused machine go on where it was; its clock is behind by the time of the pause. One that isn't paused
 	// is no error.
 	Resume(ctx context.Context) error
+	// Alive says why the VMM's process can't be told from one that hangs. A paused one answers nothing and is no error.
+	Alive(ctx context.Context) error
 	// Stop asks the VMM to end at once, whatever the guest does, paused or not.
 	Stop(ctx context.Context) error
 	// Kill kills the process; no error when it has ended already.

@@ -139,7 +139,7 @@ func candidates(c *cli.Context, command, usage string) []string {
 		return sortedOr(names, err)
 	case strings.HasPrefix(usage, "VM") && c.NArg() == 1:
 		var names []string
-		declared, err := host.Secrets(l, c.Args().First())
+		declared, err := host.Secrets(c.Context, l, c.Args().First())
 		for _, s := range declared {
 			if s.Stdin {
 				names = append(names, s.Name)

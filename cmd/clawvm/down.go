@@ -87,8 +87,23 @@ func downOne(ctx context.Context, l host.Layout, name string, grace time.Duratio
 	began := time.Now()
 	client := l.Dial(name)
 	st, err := client.Status(ctx)
-	if err == nil {
+	running := err == nil
+	if running {
 		err = client.Down(ctx, grace)
+	}
+	limited, cancel := context.WithTimeout(ctx, grace+downSlack)
+	defer cancel()
+	if err == nil || errors.Is(err, host.ErrNotRunning) {
+		owned, err := host.StopUnit(limited, l, name)
+		if err != nil {
+			return err
+		}
+		if owned && !running {
+			if say {
+				fmt.Printf("%s is down: systemd does not start it again\n", name)
+			}
+			return nil
+		}
 	}
 	if errors.Is(err, host.ErrNotRunning) {
 		if say {
@@ -99,9 +114,7 @@ func downOne(ctx context.Context, l host.Layout, name string, grace time.Duratio
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, grace+downSlack)
-	defer cancel()
-	switch end, err := host.WaitDown(ctx, l, st); {
+	switch end, err := host.WaitDown(limited, l, st); {
 	case err != nil:
 		return err
 	case end == nil:

@@ -34,6 +34,9 @@ func rmCommand() *cli.Command {
 				if err != nil {
 					return err
 				}
+				if err := host.DisableGone(c.Context, l, n); err != nil {
+					return err
+				}
 				fmt.Printf("%s is removed\n", n)
 				for _, k := range kept {
 					fmt.Printf("  kept: %s (clawvm rm --volumes %s removes it)\n", k, n)

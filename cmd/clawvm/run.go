@@ -24,10 +24,15 @@ func runCommand() *cli.Command {
 			if err := host.EnterMountNamespace(); err != nil {
 				return err
 			}
-			err = host.Supervise(c.Context, l, name, os.Stderr)
+			out, err := host.SupervisorOutput(l, name, os.Stderr)
+			if err != nil {
+				return err
+			}
+			err = host.Supervise(c.Context, l, name, out)
+			code := host.UnitExit(err)
 			var logged *host.LoggedError
 			if errors.As(err, &logged) {
-				return silent{host.ExitCode(err)}
+				return silent{code}
 			}
 			return err
 		},

@@ -39,7 +39,7 @@ func secretSetCommand() *cli.Command {
 				return err
 			}
 			name := c.Args().Get(1)
-			declared, err := host.Secrets(l, vm)
+			declared, err := host.Secrets(c.Context, l, vm)
 			if err != nil {
 				return err
 			}
@@ -105,7 +105,7 @@ func secretLsCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			declared, err := host.Secrets(l, name)
+			declared, err := host.Secrets(c.Context, l, name)
 			if err != nil {
 				return err
 			}

@@ -98,6 +98,9 @@ func printStatus(l host.Layout, e host.Entry) error {
 	row("restarts", counted(e.VMRestarts, "of the VM", e.Restarts, "of the workload"))
 	row("workload", e.Workload)
 	row("agent", e.Lost)
+	if e.Enabled {
+		row("at boot", "systemd brings it up, as "+host.Unit(e.Name))
+	}
 	row("supervisor", number(e.PID))
 	for _, p := range e.Pending {
 		row(p.Needs+" pending", p.String())

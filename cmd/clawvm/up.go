@@ -124,9 +124,12 @@ func upAll(ctx context.Context, l host.Layout, names []string, wait bool) error 
 
 func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *screen) error {
 	began := time.Now()
-	started, err := host.Launch(ctx, l, name)
+	started, unit, err := host.Start(ctx, l, name)
 	if err != nil {
 		return err
+	}
+	if unit != "" {
+		screen.say(name, fmt.Sprintf("systemd starts it, as %s", unit))
 	}
 	if !started {
 		st, err := l.Dial(name).Status(ctx)

@@ -66,6 +66,10 @@ func Prepare(ctx context.Context, k *Kernel, initBinary, cacheDir string) (*Boot
 	if err := durable.MkdirAll(cacheDir, 0o755); err != nil {
 		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
 	}
+	// Users of VMMs pass through, whatever the umask.
+	if err := os.Chmod(cacheDir, 0o755); err != nil {
+		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)
+	}
 	unlock, err := lockCache(ctx, cacheDir)
 	if err != nil {
 		return nil, fmt.Errorf("cannot prepare kernel %s: %w", k.Release, err)

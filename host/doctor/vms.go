@@ -79,21 +79,24 @@ func checkDeclarations(_ context.Context, k *look) []Finding {
 	return all
 }
 
-func checkSecrets(_ context.Context, k *look) []Finding {
+func checkSecrets(ctx context.Context, k *look) []Finding {
 	var all []Finding
 	for _, d := range k.vms {
 		if d.vm == nil {
 			continue
 		}
-		list, err := host.Secrets(k.Layout, d.name)
+		list, err := host.Secrets(ctx, k.Layout, d.name)
 		if err != nil {
-			continue // said of the declaration
+			all = append(all, forVM(d.name, broken("secret", Error, err))...)
+			continue
 		}
 		keep := k.Layout.VM(d.name).KeptSecrets()
 		for _, s := range list {
 			f := Finding{Check: "secret", Severity: OK, Seen: s.Name + " from " + s.Source(keep)}
 			if err := secrets.Check(keep, []secrets.Secret{s}); err != nil {
 				f = broken("secret", Error, err)
+			} else if s.Awaited {
+				f.Seen = s.Name + " from the credential " + s.Credential + ", which systemd loads when it starts the VM"
 			} else if _, err := os.Lstat(s.Source(keep)); errors.Is(err, fs.ErrNotExist) {
 				f.Seen = s.Name + " is generated at the first start"
 			}

@@ -68,11 +68,38 @@ func (g *gate) serveAgent(ctx context.Context) error {
 			return g.lost(ctx, err)
 		}
 	}
+	go g.heartbeat(ctx, client)
 	logged := make(chan error, 1)
 	go func() { logged <- g.workloadLog(ctx, client) }()
 	err = g.relayEvents(ctx, client)
 	client.Close() // so that the log ends too
 	return errors.Join(err, <-logged)
+}
+
+// AnswersEvery is how often the guest's agent is asked whether it is there.
+const AnswersEvery = 20 * time.Second
+
+// heartbeat asks the guest's agent whether it is there, and tells the supervisor
+// when it is. An agent that is not is nobody's error here: silence tells it, and
+// one that is late may still come.
+func (g *gate) heartbeat(ctx context.Context, client *agent.Client) {
+	tick := time.NewTicker(AnswersEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-client.Done():
+			return
+		case <-tick.C:
+		}
+		if client.Ping(ctx) != nil {
+			continue
+		}
+		if err := g.supervisor.Send(Message{Kind: Answers}); err != nil {
+			return // the supervisor is gone, and obey ends the gate
+		}
+	}
 }
 
 // lost tells the supervisor that the agent can't be reached, and waits for the

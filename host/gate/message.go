@@ -53,6 +53,7 @@ const (
 	Checked       Kind = "checked"        // the workload's health; Detail: the wrong answer
 	Ending        Kind = "ending"         // the guest is about to end; Detail is one of the End constants
 	Lost          Kind = "lost"           // the agent's connection broke
+	Answers       Kind = "answers"        // the guest's agent did just now; while the VM is not paused, every AnswersEvery
 	ClockSet      Kind = "clock-set"      // the answer to Resumed; Detail is why the clock could not be set
 )
 

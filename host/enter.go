@@ -8,14 +8,10 @@ import (
 
 // Enter returns what connects to the guest of the VM name, through its gate: what
 // agent.Exec dials. to is what it is for, as in "cannot TO VM web", and start the
-// command that brings the VM up. The error of a VM that is down or paused has the
-// exit code code; a VM that isn't declared is a NotDeclaredError.
+// command that brings the VM up. The error of a VM that is down has the exit
+// code code; a VM that isn't declared is a NotDeclaredError.
 func (l Layout) Enter(name, to, start string, code int) func(context.Context) (net.Conn, error) {
 	return func(ctx context.Context) (net.Conn, error) {
-		st, err := l.Dial(name).Status(ctx)
-		if err == nil && st.State == Paused {
-			return nil, &CodedError{code, fmt.Errorf("cannot %s VM %s: it is paused; `resume` lets it go on", to, name)}
-		}
 		var d net.Dialer
 		conn, err := d.DialContext(ctx, "unix", l.VM(name).GateSocket())
 		if err != nil {

@@ -61,7 +61,8 @@ func Tail(path string, n int) ([]string, error) {
 	}
 	var lines []string
 	for line := range strings.Lines(string(raw)) {
-		if line = strings.TrimSpace(gate.Printable(strings.TrimRight(line, "\r\n"), lineMax)); line != "" {
+		line = string(parseLogLine([]byte(strings.TrimRight(line, "\r\n"))).Text)
+		if line = strings.TrimSpace(gate.Printable(line, lineMax)); line != "" {
 			lines = append(lines, line)
 		}
 	}

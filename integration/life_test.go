@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -205,6 +206,20 @@ func TestLifeOfAVM(t *testing.T) {
 		eventually(t, "the workload's log shows a request", 20*time.Second, func() bool {
 			return strings.Contains(w.must(t, "logs", "life"), "response:200")
 		})
+		line := regexp.MustCompile(`^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z \S`)
+		if out := w.must(t, "logs", "-t", "-n", "1", "--since", "1h", "life"); !line.MatchString(out) {
+			t.Errorf("logs -t prints %q", out)
+		}
+		w.must(t, "exec", "--root", "life", "--", "sh", "-c", "echo to the console >/dev/console")
+		eventually(t, "the console's log has a line", 20*time.Second, func() bool {
+			return regexp.MustCompile(`(?m)^20\S+Z to the console`).MatchString(w.must(t, "logs", "--console", "-t", "life"))
+		})
+		if out := w.must(t, "logs", "--until", "1h", "life"); out != "" {
+			t.Errorf("an hour ago the workload wrote %q", out)
+		}
+		if out := w.must(t, "logs", "--json", "-n", "1", "life"); !strings.HasPrefix(out, `{"time":"20`) || !strings.Contains(out, `"vm":"life"`) {
+			t.Errorf("logs --json prints %q", out)
+		}
 	})
 	t.Run("reboot from inside", func(t *testing.T) {
 		w.clawvm(t, "exec", "--root", "life", "reboot", "-f")

@@ -189,6 +189,10 @@ var refusals = []refusal{
 	{name: "cp-no-path", vm: "image: small\n", args: []string{"cp", "vm:", "DIR/other"}},
 	{name: "cp-bad-name", vm: "image: small\n", args: []string{"cp", "Bad_Name:/etc", "DIR/other"}},
 	{name: "cp-owners", vm: "image: small\n", args: []string{"cp", "-a", "DIR/empty", "vm:/tmp"}},
+	{name: "logs-since", vm: "image: small\n", args: []string{"logs", "--since", "yesterday", "vm"}},
+	{name: "logs-until", vm: "image: small\n", args: []string{"logs", "--since", "1h", "--until", "2h", "vm"}},
+	{name: "logs-two", vm: "image: small\n", args: []string{"logs", "--console", "--supervisor", "vm"}},
+	{name: "logs-nothing", args: []string{"logs"}},
 	{name: "two-vms", vm: "image: nothing\n", args: []string{"up", "vm", "other"}, before: func(t *testing.T, r *refuser) {
 		r.declare(t, "other", "image: small\nmemory: 1MiB\n")
 	}},

@@ -208,9 +208,23 @@ func (g *gate) workloadLog(ctx context.Context, client *agent.Client) error {
 	}
 	defer r.Close()
 	log := g.rotating("workload.log")
-	// The log ends with the connection, which is relayEvents' to tell.
-	_, _ = io.Copy(lossy{log}, r)
-	return log.Close()
+	lines := newStamper(lossy{log})
+	for {
+		piece, err := r.Next()
+		if err != nil { // the connection's end, which is relayEvents' to tell
+			lines.flush()
+			return log.Close()
+		}
+		switch {
+		case piece.Lost > 0:
+			lines.flush()
+			lines.add(Stdout, fmt.Appendf(nil, "[%d bytes are missing here]\n", piece.Lost))
+		case piece.Stream == agent.Stderr:
+			lines.add(Stderr, piece.Data)
+		default:
+			lines.add(Stdout, piece.Data)
+		}
+	}
 }
 
 // serveExec lets the command line reach the guest.

@@ -29,10 +29,12 @@ func (g *gate) rotating(name string) io.WriteCloser {
 // guest.
 func (g *gate) console(ctx context.Context) error {
 	log := g.rotating("console.log")
-	_, err := io.Copy(lossy{log}, g.files[FileConsole])
+	lines := newStamper(lossy{log})
+	_, err := io.Copy(lines.stream(Stdout), g.files[FileConsole])
 	if errors.Is(err, os.ErrClosed) {
 		err = nil
 	}
+	lines.flush()
 	<-ctx.Done() // the console ends with the VMM, the gate with the supervisor's word
 	return errors.Join(err, log.Close())
 }

@@ -92,6 +92,7 @@ func TestLifeOfAVM(t *testing.T) {
 			Disk              int64
 			Tasks             int
 		}
+		says(t, "nslookup example.test >/dev/null && echo answered", "answered") // or the guest has sent nothing yet
 		out := w.must(t, "top", "--json", "life")
 		if err := json.Unmarshal([]byte(out), &list); err != nil || len(list) != 1 {
 			t.Fatalf("top prints %s (%v)", out, err)

@@ -62,13 +62,13 @@ func lsCommand() *cli.Command {
 			}
 			for _, e := range entries {
 				if e.Problem != "" {
-					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, e.Problem)
+					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, pasteable(c.App, l, e.Problem))
 				}
 				if needs, why := host.Reasons(e.Pending); needs != "" {
 					fmt.Fprintf(os.Stderr, "%s: a %s is pending: %s\n", e.Name, needs, strings.Join(why, "; "))
 				}
 				if e.Why != "" {
-					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, e.Why)
+					fmt.Fprintf(os.Stderr, "%s: %s\n", e.Name, pasteable(c.App, l, e.Why))
 				}
 			}
 			if idle > 0 && onTerminal(os.Stdout) {

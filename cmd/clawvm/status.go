@@ -29,7 +29,7 @@ func statusCommand() *cli.Command {
 			if c.Bool("json") {
 				err = printJSON(e)
 			} else {
-				err = printStatus(l, e)
+				err = printStatus(c.App, l, e)
 			}
 			if err == nil && e.State != host.Running {
 				err = silent{host.ExitNotRunning}
@@ -39,11 +39,11 @@ func statusCommand() *cli.Command {
 	}
 }
 
-func printStatus(l host.Layout, e host.Entry) error {
+func printStatus(app *cli.App, l host.Layout, e host.Entry) error {
 	w := tabwriter.NewWriter(os.Stdout, 0, 8, 2, ' ', 0)
 	row := func(key, value string) {
 		if value != "" {
-			fmt.Fprintf(w, "  %s\t%s\n", key, value)
+			fmt.Fprintf(w, "  %s\t%s\n", key, pasteable(app, l, value))
 		}
 	}
 	state := string(e.State)
@@ -75,7 +75,7 @@ func printStatus(l host.Layout, e host.Entry) error {
 		if i == len(faults)-1 {
 			key = "faults"
 		}
-		fmt.Fprintf(w, "  %s\t%s\n", key, faults[i])
+		fmt.Fprintf(w, "  %s\t%s\n", key, pasteable(app, l, faults[i].String()))
 	}
 	if !e.Ready.IsZero() {
 		row("ready", fmt.Sprintf("%s after its start", human(e.Ready.Sub(e.Started))))

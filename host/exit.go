@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/clawvm/clawvm/durable"
@@ -37,13 +38,28 @@ type CodedError struct {
 func (e *CodedError) Error() string { return e.Err.Error() }
 func (e *CodedError) Unwrap() error { return e.Err }
 
-// coded gives err an exit code, unless it has one.
+// coded gives err an exit code, unless it has one. What the host has run out of is
+// no fault of a declaration, whatever step found it: starting again may help.
 func coded(code int, err error) error {
 	var have *CodedError
 	if err == nil || errors.As(err, &have) {
 		return err
 	}
+	if code == ExitDeclaration && exhausted(err) {
+		code = ExitFailed
+	}
 	return &CodedError{code, err}
+}
+
+// exhausted says whether err is about what a host can run out of for a time: room
+// on a disk, memory, descriptors, processes; or a disk that was made read-only.
+func exhausted(err error) bool {
+	for _, e := range []syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.EAGAIN, syscall.EROFS} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // ExitCode is the exit code that err stands for.
@@ -110,9 +126,12 @@ type leftError struct{ error }
 
 func (e leftError) Unwrap() error { return e.error }
 
-// since says whether e was recorded after before was read; either may be nil. It
+// LastEnd is how the VM ended last; nil when no end is recorded.
+func LastEnd(l Layout, name string) (*End, error) { return readEnd(l.VM(name).LastEnd()) }
+
+// Since says whether e was recorded after before was read; either may be nil. It
 // looks at no clock, which may have been set in between.
-func (e *End) since(before *End) bool {
+func (e *End) Since(before *End) bool {
 	return e != nil && (before == nil || !e.Time.Equal(before.Time))
 }
 

@@ -108,7 +108,7 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 	if err != nil {
 		return false, err
 	}
-	before, beforeErr := readEnd(paths.LastEnd()) // one that can't be read is replaced by the next
+	before, beforeErr := LastEnd(l, name) // one that can't be read is replaced by the next
 	cmd := exec.Command(self, "--root", l.Root, "run", name)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = log, log
@@ -136,10 +136,12 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 			n, _ := log.ReadAt(said, from)
 			code := ExitFailed
 			var exit *exec.ExitError
-			if errors.As(err, &exit) {
+			if errors.As(err, &exit) && !exit.Exited() {
+				return false, killedAtStart(name, exit.ProcessState.String())
+			} else if exit != nil {
 				code = exit.ExitCode()
 			}
-			if e, eerr := readEnd(paths.LastEnd()); eerr == nil && e.Failed() && e.Kind != EndSupervisor && (beforeErr != nil || e.since(before)) {
+			if e, eerr := LastEnd(l, name); eerr == nil && e.Failed() && e.Kind != EndSupervisor && (beforeErr != nil || e.Since(before)) {
 				return false, coded(e.Code, errors.New(e.Reason))
 			}
 			why := strings.TrimPrefix(lastLine(said[:n]), "clawvm: ")
@@ -155,6 +157,25 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 			return false, context.Cause(ctx)
 		}
 	}
+}
+
+// killedAtStart is the error of a start whose supervisor ended without a word.
+func killedAtStart(name, how string) error {
+	return fmt.Errorf("cannot start VM %s: its supervisor ended without a word (%s); clawvm logs --supervisor %s shows how far it came", name, how, name)
+}
+
+// WhyNot is the error of a start that can't be followed any more, because err, of a
+// VM whose last end was before when it began.
+func WhyNot(l Layout, name string, before *End, err error) error {
+	switch end, eerr := LastEnd(l, name); {
+	case eerr != nil:
+		return errors.Join(err, eerr)
+	case !end.Since(before), end.Kind == EndSupervisor:
+		return killedAtStart(name, err.Error())
+	case end.Failed():
+		return coded(end.Code, errors.New(end.Reason))
+	}
+	return err
 }
 
 // WaitDown waits until the supervisor that had the status st has ended, and says

@@ -197,6 +197,9 @@ func (l *life) attachPort(context.Context) error {
 	p := l.port()
 	// A TAP that an earlier life left may have another owner.
 	if err := l.bridge.RemovePort(p); err != nil {
+		if errors.Is(err, network.ErrNotOurs) {
+			err = fmt.Errorf("%w; remove it (ip link del %s), or declare another `tap:`", err, p.TAP)
+		}
 		return err
 	}
 	l.undo.push("the port", func() error { return l.bridge.RemovePort(p) })

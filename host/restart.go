@@ -205,7 +205,8 @@ func (s *Supervisor) lives(ctx context.Context) (End, error) {
 		}
 		if undoErr := l.undo.unwind(); undoErr != nil {
 			err = errors.Join(err, leftError{fmt.Errorf("VM %s ended, but %w; clawvm gc cleans up", s.name, undoErr)})
-			if kind == EndByOwner || kind.byGuest() {
+			// One that its owner ended stays down, whatever is left of it.
+			if kind.byGuest() {
 				kind = EndHost
 			}
 		}

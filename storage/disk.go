@@ -163,7 +163,7 @@ func makeDisk(ctx context.Context, d Disk) (err error) {
 	if err != nil {
 		var st unix.Statfs_t
 		if unix.Fstatfs(int(f.Fd()), &st) == nil && st.Bavail < mkfsRoom/uint64(st.Bsize) {
-			err = errors.Join(err, unix.ENOSPC)
+			return fmt.Errorf("%w: mke2fs: %s", unix.ENOSPC, excerpt(output))
 		}
 		return fmt.Errorf("mke2fs: %w: %s", err, excerpt(output))
 	}

@@ -112,6 +112,9 @@ func FindVirtiofsd(ctx context.Context) (*Virtiofsd, error) {
 			continue
 		}
 		d, err := askVersion(ctx, path)
+		if couldNotLook(err) {
+			return nil, fmt.Errorf("cannot find out which virtiofsd there is: %w", err)
+		}
 		if err != nil {
 			why = append(why, err.Error())
 			continue
@@ -133,6 +136,17 @@ func FindVirtiofsd(ctx context.Context) (*Virtiofsd, error) {
 	}
 	return nil, fmt.Errorf("%w: %s; install the package virtiofsd (Debian 13, Ubuntu 24.04, Fedora) or qemu-system-common (Debian 12), or let %s name one",
 		ErrNoVirtiofsd, strings.Join(why, " and "), VirtiofsdVariable)
+}
+
+// couldNotLook says whether a program was not asked because the host had nothing
+// left to ask it with, which says nothing about the program.
+func couldNotLook(err error) bool {
+	for _, e := range []error{unix.EMFILE, unix.ENFILE, unix.ENOMEM, unix.EAGAIN} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
 
 // bare is what an error of the system says beside the path, which the message

@@ -124,6 +124,10 @@ func upAll(ctx context.Context, l host.Layout, names []string, wait bool) error 
 
 func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *screen) error {
 	began := time.Now()
+	before, err := host.LastEnd(l, name)
+	if err != nil {
+		before = nil // a record that can't be read is replaced by the next
+	}
 	started, unit, err := host.Start(ctx, l, name)
 	if err != nil {
 		return err
@@ -164,7 +168,7 @@ func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *s
 			return fmt.Errorf("interrupted: VM %s goes on starting; %s down %s ends it", name, self(l), name)
 		}
 		// The supervisor was killed, or ended in between.
-		last = host.Progress{State: host.VMEnded, Text: err.Error()}
+		last = host.Progress{State: host.VMEnded, Text: host.WhyNot(l, name, before, err).Error()}
 	}
 	if last.State == host.VMEnded {
 		return failed(ctx, l, name, last.Text, began)

@@ -5,14 +5,19 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/clawvm/clawvm/config"
+	"github.com/clawvm/clawvm/durable"
 	"github.com/clawvm/clawvm/guest/kernel"
 	"github.com/clawvm/clawvm/network"
+	"github.com/clawvm/clawvm/storage"
 )
 
 // leftover is something of ours that nothing needs any more.
@@ -25,110 +30,235 @@ type leftover struct {
 // removed from the cache; making it anew takes half a second.
 const bootUnused = 7 * 24 * time.Hour
 
-// Collect removes what VMs that were killed left behind: processes, network
-// ports, packet filter rules, run directories; with all, also the bridge and the
-// tables, when no VM runs. It says what it removed. What it can't look at, it
-// leaves alone and reports; it never touches what doesn't carry this root's mark.
-func Collect(ctx context.Context, l Layout, all bool) (removed []string, err error) {
+// Sweep is what a collection is to do.
+type Sweep struct {
+	// All: also the bridge and the tables, when no VM is up.
+	All bool
+	// Overlays: also the overlays of VMs that nothing declares.
+	Overlays bool
+	// DryRun: say what there is, and remove nothing.
+	DryRun bool
+}
+
+// Swept is what a collection found.
+type Swept struct {
+	// Removed is what was removed; in a dry run, what would be.
+	Removed []string `json:"removed"`
+	// Kept is what nothing declares and is kept all the same, because a guest's
+	// data may be on it, each with the command that removes it.
+	Kept []string `json:"kept"`
+}
+
+// Collect removes what VMs that were killed left behind. What it can't look at is
+// an error, and whatever depends on it stays; it never touches what doesn't carry
+// this root's mark, nor anything of a VM whose lock is held.
+func Collect(ctx context.Context, l Layout, sweep Sweep) (swept Swept, err error) {
 	hostConfig, err := config.LoadHost(l.HostConfig())
 	if err != nil {
-		return nil, coded(ExitDeclaration, err)
+		return swept, coded(ExitDeclaration, err)
 	}
-	bridge := network.Bridge{Name: hostConfig.Bridge, Address: hostConfig.Address, Owner: l.ID}
-	rules := network.Rules{Bridge: bridge, Lock: l.RulesLock()}
-
-	var locks []*os.File // of the dead VMs, so that none is started meanwhile
-	defer func() {
-		for _, lock := range locks {
-			lock.Close()
+	c := &collector{
+		layout: l, sweep: sweep,
+		bridge: network.Bridge{Name: hostConfig.Bridge, Address: hostConfig.Address, Owner: l.ID},
+		leases: network.Leases{Dir: l.Leases(), Subnet: hostConfig.Address},
+		swept:  Swept{Removed: []string{}, Kept: []string{}},
+	}
+	c.rules = network.Rules{Bridge: c.bridge, Lock: l.RulesLock()}
+	defer func() { err = errors.Join(err, c.locks.unwind()) }()
+	for _, name := range c.names() {
+		c.collectVM(name)
+		if !sweep.All {
+			// A VM that is started meanwhile is no hindrance but to the bridge's end.
+			c.failed(c.locks.unwind())
 		}
-	}()
-	var errs []error
-	running := 0
-	names, err := l.withRunDir()
-	if err != nil {
-		return nil, err
 	}
-	ports, err := bridge.Ports()
-	if err != nil {
-		// Not "there are none": nothing of the network is removed.
-		errs = append(errs, err)
+	c.collectShared(ctx)
+	if sweep.All && c.running == 0 && len(c.errs) == 0 {
+		c.take(leftover{"bridge " + c.bridge.Name + " and the packet filter tables", func() error { return network.RemoveBridge(c.bridge) }})
 	}
-	byPort := map[string]network.PortStatus{}
+	return c.swept, errors.Join(c.errs...)
+}
+
+// collector is one collection.
+type collector struct {
+	layout Layout
+	sweep  Sweep
+	bridge network.Bridge
+	rules  network.Rules
+	leases network.Leases
+
+	ports   map[string]network.PortStatus
+	ruled   map[string]netip.Addr
+	leased  map[string]bool
+	grouped []string
+	running int
+	locks   undoStack // of the dead VMs, so that none is started meanwhile
+
+	swept Swept
+	errs  []error
+}
+
+// names are the VMs that something is there of; each kind of thing is looked for
+// by itself, since any of them can be all that is left.
+func (c *collector) names() []string {
+	names, err := c.layout.withRunDir()
+	c.failed(err)
+	ports, err := c.bridge.Ports()
+	c.failed(err)
+	c.ports = map[string]network.PortStatus{}
 	for _, p := range ports {
-		byPort[p.VM] = p
+		c.ports[p.VM] = p
 		names = append(names, p.VM)
 	}
-	ruled, err := rules.List()
-	if err != nil {
-		errs = append(errs, err)
-	}
-	for vm := range ruled {
+	c.ruled, err = c.rules.List()
+	c.failed(err)
+	names = slices.AppendSeq(names, maps.Keys(c.ruled))
+	marked, err := c.layout.marked()
+	c.failed(err)
+	names = append(names, marked...)
+	leases, err := c.leases.List()
+	c.failed(err)
+	c.leased = map[string]bool{}
+	for _, vm := range leases {
+		c.leased[vm] = true
 		names = append(names, vm)
 	}
-	grouped, err := l.cgroupsLeft()
-	if err != nil {
-		errs = append(errs, err)
-	}
+	grouped, err := c.layout.cgroupsLeft()
+	c.failed(err)
+	c.grouped = grouped
 	names = append(names, grouped...)
+	states, err := os.ReadDir(c.layout.StateRoot())
+	if !errors.Is(err, fs.ErrNotExist) {
+		c.failed(err)
+	}
+	for _, e := range states {
+		names = append(names, e.Name())
+	}
+	names = slices.DeleteFunc(names, func(n string) bool { return config.ValidName(n) != nil })
 	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
-		lock, err := takeLock(l.VM(name).Lock())
-		if err != nil {
-			running++
-			if !errors.Is(err, errLocked) {
-				errs = append(errs, err)
-			}
-			continue
-		}
-		locks = append(locks, lock)
-		killed, err := killMarked(l.Mark(name))
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		if killed > 0 {
-			removed = append(removed, fmt.Sprintf("%d processes of VM %s", killed, name))
-		}
-		var found []leftover
-		if p, ok := byPort[name]; ok {
-			found = append(found, leftover{"port " + p.TAP + " of VM " + name, func() error {
-				return bridge.RemovePort(network.Port{VM: name, TAP: p.TAP})
-			}})
-		}
-		if address, ok := ruled[name]; ok {
-			found = append(found, leftover{"packet filter rules of VM " + name, func() error { return rules.Remove(name, address) }})
-		}
-		if slices.Contains(grouped, name) {
-			found = append(found, leftover{"cgroup of VM " + name, func() error {
-				return errors.Join(l.subtree().sub(name).remove(), l.removeSubtree())
-			}})
-		}
-		rest, err := runLeftovers(l.VM(name))
-		if err != nil {
-			errs = append(errs, err)
-		}
-		for _, o := range append(found, rest...) {
-			if err := o.remove(); err != nil {
-				errs = append(errs, fmt.Errorf("cannot remove %s: %w", o.what, err))
-				continue
-			}
-			removed = append(removed, o.what)
-		}
-	}
-	pruned, err := kernel.Prune(ctx, l.BootCache(), bootUnused)
+	return slices.Compact(names)
+}
+
+func (c *collector) failed(err error) {
 	if err != nil {
-		errs = append(errs, err)
+		c.errs = append(c.errs, err)
 	}
-	removed = append(removed, pruned...)
-	if all && running == 0 && len(errs) == 0 {
-		if err := network.RemoveBridge(bridge); err != nil {
-			errs = append(errs, err)
-		} else {
-			removed = append(removed, "bridge "+bridge.Name+" and the packet filter tables")
+}
+
+// take removes a left-over, or in a dry run only tells of it.
+func (c *collector) take(o leftover) {
+	if !c.sweep.DryRun {
+		if err := o.remove(); err != nil {
+			c.failed(fmt.Errorf("cannot remove %s: %w", o.what, err))
+			return
 		}
 	}
-	return removed, errors.Join(errs...)
+	c.swept.Removed = append(c.swept.Removed, o.what)
+}
+
+// collectVM collects what a dead VM left. The VM's lock is held until the stack of
+// locks is unwound.
+func (c *collector) collectVM(name string) {
+	paths := c.layout.VM(name)
+	_, runErr := os.Lstat(paths.Run)
+	held, err := locked(paths.Lock())
+	if err == nil && !held && !c.sweep.DryRun {
+		var lock *os.File
+		if lock, err = takeLock(paths.Lock()); err == nil {
+			c.locks.push("the lock of VM "+name, lock.Close)
+		} else if errors.Is(err, errLocked) {
+			held, err = true, nil
+		}
+	}
+	if err != nil || held {
+		c.running++
+		c.failed(err)
+		return
+	}
+	if errors.Is(runErr, fs.ErrNotExist) && !c.sweep.DryRun {
+		// Made only to be locked. The file goes while it is held, as rm does it.
+		c.locks.push("the lock of VM "+name, func() error { return os.RemoveAll(paths.Run) })
+	}
+	mark := c.layout.Mark(name)
+	pids, err := markedProcesses(mark)
+	if err != nil {
+		c.failed(err)
+		return
+	}
+	if len(pids) > 0 {
+		killed := len(c.errs)
+		c.take(leftover{fmt.Sprintf("%d processes of VM %s", len(pids), name), func() error { _, err := killMarked(mark); return err }})
+		if len(c.errs) > killed {
+			return // they may hold the rest
+		}
+	}
+	if p, ok := c.ports[name]; ok {
+		c.take(leftover{"port " + p.TAP + " of VM " + name, func() error {
+			return c.bridge.RemovePort(network.Port{VM: name, TAP: p.TAP})
+		}})
+	}
+	if address, ok := c.ruled[name]; ok {
+		c.take(leftover{"packet filter rules of VM " + name, func() error { return c.rules.Remove(name, address) }})
+	}
+	if slices.Contains(c.grouped, name) {
+		c.take(leftover{"cgroup of VM " + name, func() error {
+			return errors.Join(c.layout.subtree().sub(name).remove(), c.layout.removeSubtree())
+		}})
+	}
+	rest, err := runLeftovers(paths)
+	c.failed(err)
+	unfinished, err := unfinishedFiles(paths)
+	c.failed(err)
+	for _, o := range append(rest, unfinished...) {
+		c.take(o)
+	}
+	c.collectUndeclared(name)
+}
+
+// collectUndeclared looks at what stays of a VM while it is down, when nothing
+// declares it any more. A lease of nobody goes; a disk may hold a guest's data, so
+// it is named and kept, and an overlay goes when that is asked for.
+func (c *collector) collectUndeclared(name string) {
+	_, err := c.layout.Declaration(name)
+	var missing *NotDeclaredError
+	if !errors.As(err, &missing) {
+		c.failed(err) // can't be looked: taken for declared
+		return
+	}
+	paths := c.layout.VM(name)
+	state, err := os.ReadDir(paths.State)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		c.failed(err)
+		return
+	}
+	if len(state) == 0 {
+		if c.leased[name] {
+			c.take(leftover{"lease of VM " + name + ", of which there is nothing else", func() error { return c.leases.Release(name) }})
+		}
+		return
+	}
+	if _, err := os.Lstat(paths.OverlayDisk()); err == nil && c.sweep.Overlays {
+		c.take(leftover{paths.OverlayDisk(), func() error { return os.Remove(paths.OverlayDisk()) }})
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		c.failed(err)
+	}
+	c.swept.Kept = append(c.swept.Kept, fmt.Sprintf("%s: nothing declares VM %s; `clawvm rm %s` removes it, with --volumes its volumes too", paths.State, name, name))
+}
+
+// collectShared collects what belongs to no VM.
+func (c *collector) collectShared(ctx context.Context) {
+	store := storage.Store{Dir: c.layout.Store()}
+	halves, err := store.Abandoned()
+	c.failed(err)
+	for _, path := range halves {
+		c.take(leftover{path, func() error { return store.RemoveAbandoned() }})
+	}
+	if c.sweep.DryRun {
+		return // what is in the cache of prepared kernels is no one's left-over
+	}
+	pruned, err := kernel.Prune(ctx, c.layout.BootCache(), bootUnused)
+	c.failed(err)
+	c.swept.Removed = append(c.swept.Removed, pruned...)
 }
 
 // runLeftovers is what lies in a dead VM's run directory beside its lock.
@@ -143,10 +273,79 @@ func runLeftovers(p Paths) ([]leftover, error) {
 	var found []leftover
 	for _, e := range entries {
 		if path := filepath.Join(p.Run, e.Name()); path != p.Lock() {
-			found = append(found, leftover{path, func() error { return os.RemoveAll(path) }})
+			found = append(found, leftover{path, func() error { return removeRun(path) }})
 		}
 	}
 	return found, nil
+}
+
+// unfinishedFiles are those that a killed process was about to give another name,
+// in a VM's state directory. The VM's lock is held, so nobody is at work on them.
+func unfinishedFiles(p Paths) ([]leftover, error) {
+	var found []leftover
+	for _, dir := range []string{p.State, filepath.Dir(p.VolumeDisk("x"))} {
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return found, err
+		}
+		for _, e := range entries {
+			half := strings.HasSuffix(e.Name(), ".raw"+storage.HalfMade)
+			if e.Type().IsRegular() && (half || durable.IsUnfinished(e.Name(), filepath.Base(p.LastEnd()))) {
+				path := filepath.Join(dir, e.Name())
+				found = append(found, leftover{path, func() error { return os.Remove(path) }})
+			}
+		}
+	}
+	return found, nil
+}
+
+// removeRun removes something of a run directory. A tmpfs of ours that is mounted
+// in it is taken away first; what others mounted there is not looked into, since
+// removing would go on in it.
+func removeRun(path string) error {
+	mounts, err := mountsBelow(path)
+	if err != nil {
+		return err
+	}
+	for _, m := range mounts {
+		if m.source != storage.TmpfsSource || m.kind != "tmpfs" {
+			return fmt.Errorf("%s is mounted there, which is not clawvm's: umount %s", m.source, m.at)
+		}
+		if err := storage.Unmount(m.at); err != nil {
+			return err
+		}
+	}
+	return os.RemoveAll(path)
+}
+
+// mount is a line of /proc/self/mountinfo (proc(5)).
+type mount struct{ at, kind, source string }
+
+// mountsBelow lists what is mounted at path or below it, the innermost first.
+func mountsBelow(path string) ([]mount, error) {
+	raw, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil, fmt.Errorf("cannot look what is mounted: %w", err)
+	}
+	var found []mount
+	for line := range strings.Lines(string(raw)) {
+		about, what, ok := strings.Cut(line, " - ")
+		fields, source := strings.Fields(about), strings.Fields(what)
+		if !ok || len(fields) < 5 || len(source) < 2 {
+			continue
+		}
+		at := unescapeMount(fields[4])
+		if at == path || strings.HasPrefix(at, path+"/") {
+			found = append(found, mount{at, source[0], source[1]})
+		}
+	}
+	slices.Reverse(found)
+	return found, nil
+}
+
+// unescapeMount undoes what the kernel does to white space in mountinfo.
+func unescapeMount(s string) string {
+	return strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`).Replace(s)
 }
 
 // Remove forgets a VM that is down: its disks (volumes only when told so), its

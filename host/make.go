@@ -43,7 +43,7 @@ func (l *life) clearRun() error {
 	var errs []error
 	for _, e := range entries {
 		if !keep[e.Name()] {
-			errs = append(errs, os.RemoveAll(filepath.Join(l.paths.Run, e.Name())))
+			errs = append(errs, removeRun(filepath.Join(l.paths.Run, e.Name())))
 		}
 	}
 	return errors.Join(errs...)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
@@ -121,8 +122,8 @@ func killIfMarked(pid int, mark string) error {
 		return fmt.Errorf("cannot open process %d: %w", pid, err)
 	}
 	defer unix.Close(fd)
-	if !hasMark(pid, mark) {
-		return nil
+	if has, err := markOf(pid); err != nil || has != mark {
+		return err
 	}
 	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("cannot kill process %d: %w", pid, err)
@@ -138,24 +139,57 @@ func markedProcesses(mark string) ([]int, error) {
 	var pids []int
 	for _, d := range dirs {
 		pid, err := strconv.Atoi(filepath.Base(d))
-		if err == nil && pid != os.Getpid() && hasMark(pid, mark) {
+		if err != nil || pid == os.Getpid() {
+			continue
+		}
+		has, err := markOf(pid)
+		if err != nil {
+			return nil, err
+		}
+		if has == mark {
 			pids = append(pids, pid)
 		}
 	}
 	return pids, nil
 }
 
-// hasMark reads a process's environment. A process that is gone, or a zombie,
-// has none.
-func hasMark(pid int, mark string) bool {
-	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+// marked lists the VMs of this root that have processes.
+func (l Layout) marked() ([]string, error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
-		return false
+		return nil, err
 	}
-	for _, v := range bytes.Split(env, []byte{0}) {
-		if string(v) == markVariable+"="+mark {
-			return true
+	var names []string
+	for _, d := range dirs {
+		pid, err := strconv.Atoi(filepath.Base(d))
+		if err != nil {
+			continue
+		}
+		mark, err := markOf(pid)
+		if err != nil {
+			return nil, err
+		}
+		if name, ok := strings.CutPrefix(mark, l.Mark("")); ok {
+			names = append(names, name)
 		}
 	}
-	return false
+	return names, nil
+}
+
+// markOf reads the mark from a process's environment: "" for one that has none,
+// is gone, or is a zombie. That the host has nothing left to look with is an error.
+func markOf(pid int) (string, error) {
+	env, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", pid))
+	if exhausted(err) {
+		return "", fmt.Errorf("cannot look for processes: %w", err)
+	}
+	if err != nil {
+		return "", nil
+	}
+	for _, v := range bytes.Split(env, []byte{0}) {
+		if mark, ok := bytes.CutPrefix(v, []byte(markVariable+"=")); ok {
+			return string(mark), nil
+		}
+	}
+	return "", nil
 }

@@ -53,6 +53,9 @@ func mke2fsArgs(d Disk, file string) []string {
 	}
 }
 
+// HalfMade is what a disk's name ends with until the disk is whole.
+const HalfMade = ".new"
+
 // Disk is a raw image file with an ext4 file system on it.
 type Disk struct {
 	Path  string
@@ -136,7 +139,7 @@ func openDisk(d Disk, flags int) (*os.File, error) {
 }
 
 func makeDisk(ctx context.Context, d Disk) (err error) {
-	half := d.Path + ".new"
+	half := d.Path + HalfMade
 	if err := os.Remove(half); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}

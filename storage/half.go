@@ -49,6 +49,50 @@ func (h *half) discard() error {
 	return errors.Join(os.RemoveAll(h.path), h.dir.Close())
 }
 
+// Abandoned lists what is in tmp/ of imports and removals that were killed. It
+// changes nothing.
+func (s *Store) Abandoned() (found []string, err error) {
+	entries, err := os.ReadDir(filepath.Join(s.Dir, tmpDir))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot look for half-made images: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(s.Dir, tmpDir, e.Name())
+		dir, err := openDir(path)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return found, fmt.Errorf("cannot look for half-made images: %w", err)
+		}
+		// Shared, and given back at once: whoever makes an image holds it alone.
+		err = flock(dir, unix.LOCK_SH|unix.LOCK_NB)
+		if err == nil {
+			found = append(found, path)
+		} else if err == unix.EWOULDBLOCK {
+			err = nil
+		}
+		if err := errors.Join(err, dir.Close()); err != nil {
+			return found, fmt.Errorf("cannot look for half-made images: %w", err)
+		}
+	}
+	return found, nil
+}
+
+// RemoveAbandoned removes what Abandoned found, and whatever else is in tmp/ that
+// nobody works on.
+func (s *Store) RemoveAbandoned() (err error) {
+	unlock, err := s.lock()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	return s.removeAbandoned()
+}
+
 // removeAbandoned empties tmp/ of what no process holds. The store's lock
 // must be held.
 func (s *Store) removeAbandoned() error {

@@ -13,6 +13,9 @@ import (
 // ErrMounted means that something is mounted already where a mount was to go.
 var ErrMounted = errors.New("something is mounted there already")
 
+// TmpfsSource is what the list of mounts names as the source of a tmpfs of ours.
+const TmpfsSource = "clawvm"
+
 // MountTmpfs mounts a RAM file system of at most size bytes on an existing
 // directory, its root with the given permission bits: no setuid, no devices,
 // no programs, and, where the kernel knows how (6.4), never in swap.
@@ -31,9 +34,9 @@ func MountTmpfs(dir string, size int64, mode os.FileMode) error {
 	const flags = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC | unix.MS_NOATIME
 	options := fmt.Sprintf("size=%d,mode=%04o", size, mode.Perm())
 	target := descriptorPath(d)
-	err = unix.Mount("clawvm", target, "tmpfs", flags, options+",noswap")
+	err = unix.Mount(TmpfsSource, target, "tmpfs", flags, options+",noswap")
 	if errors.Is(err, unix.EINVAL) {
-		err = unix.Mount("clawvm", target, "tmpfs", flags, options)
+		err = unix.Mount(TmpfsSource, target, "tmpfs", flags, options)
 	}
 	if err != nil {
 		return fail(err)

@@ -1,7 +1,10 @@
 package main
 
 import (
+	"encoding/json"
+	"errors"
 	"fmt"
+	"os"
 
 	"github.com/urfave/cli/v2"
 
@@ -13,6 +16,9 @@ func gcCommand() *cli.Command {
 		Name: "gc", Usage: "remove what killed VMs left behind",
 		Description: "Touches only what carries this root's mark, and nothing of a VM that is up.",
 		Flags: []cli.Flag{
+			&cli.BoolFlag{Name: "dry-run", Aliases: []string{"n"}, Usage: "say what would be removed, and remove nothing"},
+			&cli.BoolFlag{Name: "overlays", Usage: "also remove the overlays of VMs that nothing declares; volumes are never removed"},
+			jsonFlag(),
 			&cli.BoolFlag{Name: "all", Usage: "also remove the bridge and the packet filter tables, when no VM is up"},
 		},
 		Action: func(c *cli.Context) error {
@@ -20,11 +26,22 @@ func gcCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			removed, err := host.Collect(c.Context, l, c.Bool("all"))
-			for _, r := range removed {
-				fmt.Println("removed:", r)
+			sweep := host.Sweep{All: c.Bool("all"), Overlays: c.Bool("overlays"), DryRun: c.Bool("dry-run")}
+			swept, err := host.Collect(c.Context, l, sweep)
+			if c.Bool("json") {
+				return errors.Join(err, json.NewEncoder(os.Stdout).Encode(swept))
 			}
-			if err == nil && len(removed) == 0 {
+			done := "removed"
+			if sweep.DryRun {
+				done = "would remove"
+			}
+			for _, r := range swept.Removed {
+				fmt.Printf("%s: %s\n", done, r)
+			}
+			for _, k := range swept.Kept {
+				fmt.Println("kept:", k)
+			}
+			if err == nil && len(swept.Removed) == 0 {
 				fmt.Println("nothing was left behind")
 			}
 			return err

@@ -186,7 +186,7 @@ func (u *Units) start(ctx context.Context, l Layout, name string, state UnitStat
 			if _, err := l.Dial(name).Status(ctx); err == nil {
 				return nil // it has a new try already, which is followed
 			}
-			if e, err := readEnd(l.VM(name).LastEnd()); err == nil && e.Failed() && e.Kind != EndSupervisor && (beforeErr != nil || e.since(before)) {
+			if e, err := readEnd(l.VM(name).LastEnd()); err == nil && e.Failed() && e.Kind != EndSupervisor && (beforeErr != nil || e.Since(before)) {
 				return coded(e.Code, errors.New(e.Reason))
 			}
 			return fmt.Errorf("cannot start VM %s: systemd could not start %s (%s): `journalctl -u %s -n 20` shows why", name, unit, r, unit)

@@ -355,7 +355,7 @@ const fullDisk = "mount -t tmpfs -o size=64k none %[1]s\n" + "head -c 1M /dev/ze
 
 var failures = []failure{
 	{name: "vmm-ends-at-once", mode: "dies", code: 1},
-	{name: "vmm-ends-early", mode: "goes", code: 1},
+	{name: "vmm-ends-early", mode: "goes", code: 1, says: "hollow: it is made to end"},
 	{name: "never-ready", mode: "unready", vm: strings.Replace(hollowVM, "timeout: 30s", "timeout: 1s", 1), code: 124},
 	{name: "virtiofsd-ends-at-once", env: []string{"CLAWVM_VIRTIOFSD=DIR/virtiofsd-dead"}, code: 1, says: "the server of a share ended, and the guest cannot go on without: virtiofsd of the share"},
 	{name: "virtiofsd-ends-later", mode: "silent", env: []string{"CLAWVM_VIRTIOFSD=DIR/virtiofsd-later"}, code: 1, says: "the server of a share ended, and the guest cannot go on without: virtiofsd of the share"},

@@ -167,6 +167,11 @@ func (g *gate) serve() error {
 	for _, p := range parts {
 		wg.Go(func() {
 			err := p.run(ctx)
+			if errors.Is(err, errPeerGone) {
+				// What a part has to say, nobody hears any more: the gate ends as it does when its reader sees it.
+				err = nil
+				cancel()
+			}
 			if err != nil && ctx.Err() == nil {
 				err = fmt.Errorf("cannot go on with %s: %w", p.name, err)
 			}

@@ -133,11 +133,17 @@ func (c *Conn) SendFile(m Message, file *os.File) error {
 	defer c.mu.Unlock()
 	if file == nil {
 		_, err = c.conn.Write(b)
-		return err
+	} else {
+		_, _, err = c.conn.WriteMsgUnix(b, unix.UnixRights(int(file.Fd())), nil)
 	}
-	_, _, err = c.conn.WriteMsgUnix(b, unix.UnixRights(int(file.Fd())), nil)
+	if errors.Is(err, syscall.EPIPE) {
+		return errPeerGone
+	}
 	return err
 }
+
+// errPeerGone is Send's error when the other side has ended.
+var errPeerGone = errors.New("the other side of the connection between supervisor and gate has ended")
 
 // Receive waits for a message. Only one may wait. io.EOF says that the other
 // side has ended; a message that is none is an error. A descriptor that comes with

@@ -76,8 +76,9 @@ type state struct {
 	Kills map[string]int
 }
 
-func loadState(t *testing.T) (s state, total int, save func()) {
+func loadState(t *testing.T) (s *state, total int, save func()) {
 	t.Helper()
+	s = &state{Kills: map[string]int{}}
 	number := func(name string, otherwise uint64) uint64 {
 		text := os.Getenv(name)
 		if text == "" {
@@ -94,14 +95,13 @@ func loadState(t *testing.T) (s state, total int, save func()) {
 	if s.Seed == 0 {
 		s.Seed = uint64(time.Now().UnixNano())
 	}
-	s.Kills = map[string]int{}
 	file := os.Getenv("CLAWVM_SOAK_STATE")
 	if file == "" {
 		return s, total, func() {}
 	}
 	raw, err := os.ReadFile(file)
 	if err == nil {
-		err = json.Unmarshal(raw, &s)
+		err = json.Unmarshal(raw, s)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		t.Fatal(err)

@@ -30,6 +30,8 @@ const (
 	// stampMax bounds what a line of a guest's output holds, in bytes, as that of
 	// Kubernetes' container logs.
 	stampMax = 16 << 10
+	// stampBatch is how many bytes of lines are written at once, at most a line more.
+	stampBatch = 64 << 10
 	// stampWait is how long the beginning of a line waits for its end: a prompt, or
 	// a progress bar, must be seen too.
 	stampWait = time.Second
@@ -40,13 +42,15 @@ const (
 //	2026-11-22T15:50:06.010000Z stdout F the text
 //
 // It is the format of Kubernetes' container logs (CRI), which log collectors read.
-// Each line is one write, so that a rotation never cuts it.
+// What is written at once is whole lines, so that a rotation never cuts one; and as
+// many as came at once, since a guest may print a million short ones.
 type stamper struct {
 	out io.Writer
 	now func() time.Time
 
 	mu   sync.Mutex
 	open map[Stream]*beginning
+	made []byte // lines that are not written yet
 }
 
 // beginning is a line without an end.
@@ -101,33 +105,44 @@ func (s *stamper) add(name Stream, p []byte) {
 		if skip == 0 && tag == TagFull {
 			break // the end is not there yet
 		}
-		s.write(name, b, tag)
+		s.line(name, b, tag)
 	}
+	s.write()
 	if len(b.text) > 0 {
 		b.timer.Reset(stampWait)
 	}
 }
 
-// write writes one line; what is left of it is nothing.
-func (s *stamper) write(name Stream, b *beginning, tag string) {
-	line := make([]byte, 0, len(StampFormat)+len(b.text)+16)
-	line = b.at.UTC().AppendFormat(line, StampFormat)
-	line = append(line, ' ')
-	line = append(line, name...)
-	line = append(line, ' ')
-	line = append(line, tag...)
-	line = append(line, ' ')
-	line = append(append(line, b.text...), '\n')
+// line makes one line; what is left of it is nothing.
+func (s *stamper) line(name Stream, b *beginning, tag string) {
+	s.made = b.at.UTC().AppendFormat(s.made, StampFormat)
+	s.made = append(s.made, ' ')
+	s.made = append(s.made, name...)
+	s.made = append(s.made, ' ')
+	s.made = append(s.made, tag...)
+	s.made = append(s.made, ' ')
+	s.made = append(append(s.made, b.text...), '\n')
 	b.text = b.text[:0]
-	// Never an error: see lossy.
-	_, _ = s.out.Write(line)
+	if len(s.made) >= stampBatch {
+		s.write()
+	}
+}
+
+// write writes the lines that were made.
+func (s *stamper) write() {
+	if len(s.made) > 0 {
+		// Never an error: see lossy.
+		_, _ = s.out.Write(s.made)
+		s.made = s.made[:0]
+	}
 }
 
 func (s *stamper) flushOne(name Stream) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if b := s.open[name]; b != nil && len(b.text) > 0 {
-		s.write(name, b, TagPartial)
+		s.line(name, b, TagPartial)
+		s.write()
 	}
 }
 

@@ -131,6 +131,9 @@ func TestKilledAtRandom(t *testing.T) {
 	declare()
 	t.Cleanup(func() { w.Clawvm(t, "down", "--timeout", "1s", "soak") })
 	w.Must(t, "up", "soak")
+	world.Eventually(t, "the first record is reported", time.Minute, func() bool {
+		return strings.Contains(w.Must(t, "logs", "soak"), "synced 1")
+	})
 	w.Must(t, "down", "soak")
 	clean := w.Snapshot(t)
 	r := round{w: w}
@@ -286,11 +289,15 @@ func (r *round) verify(t *testing.T, what string) {
 			t.Fatal(err)
 		}
 		for line := range strings.Lines(string(text)) {
-			var n int
-			if k, err := fmt.Sscanf(line, "synced %d\n", &n); err == nil && k == 1 {
+			// The line's time stands before it.
+			_, said, found := strings.Cut(strings.TrimRight(line, "\n"), "synced ")
+			if n, err := strconv.Atoi(said); found && err == nil {
 				r.synced = max(r.synced, n)
 			}
 		}
+	}
+	if r.synced == 0 {
+		t.Fatalf("%s: no record was reported as synced: nothing is proved", what)
 	}
 	text := r.w.Must(t, "exec", "soak", "cat", "/var/lib/state/records")
 	lines := strings.Split(text, "\n")

@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// envServer asks for the bench on an emulated server with KVM: its pairs of starts, some 40 s each.
+	// envServer asks for the bench on an emulated server with KVM: its pairs of starts, some 15 s each.
 	envServer = "CLAWVM_BENCH_SERVER"
 	// serverLimit bounds it: 20 pairs under two VMMs, on a machine that does something else as well.
 	serverLimit = 45 * time.Minute
@@ -27,7 +27,7 @@ const (
 func TestServer(t *testing.T) {
 	pairs := os.Getenv(envServer)
 	if pairs == "" {
-		t.Skipf("takes half an hour: %s=20 asks for it, with 20 pairs of starts", envServer)
+		t.Skipf("takes ten minutes: %s=20 asks for it, with 20 pairs of starts", envServer)
 	}
 	h := emuhost.Start(t, emuhost.Options{})
 	ctx, cancel := context.WithTimeout(t.Context(), serverLimit)

@@ -115,6 +115,9 @@ func (s *Supervisor) enterCgroup(ctx context.Context) error {
 		place.from = own
 	}
 	if err := place.enter(); err != nil {
+		if left := s.leave(place); left != nil {
+			s.logf("%v", left)
+		}
 		return err
 	}
 	s.cgroups = place
@@ -123,7 +126,7 @@ func (s *Supervisor) enterCgroup(ctx context.Context) error {
 
 // unitName is the unit whose cgroup it is; "" when it is none's.
 func unitName(g cgroup) string {
-	if n := g.name(); strings.HasSuffix(n, ".service") || strings.HasSuffix(n, ".scope") {
+	if n := g.name(); strings.HasSuffix(n, unitSuffix) || strings.HasSuffix(n, scopeSuffix) {
 		return n
 	}
 	return ""
@@ -131,14 +134,8 @@ func unitName(g cgroup) string {
 
 // enter moves the supervisor into its leaf and turns on the controllers for all leaves.
 func (p *cgroupPlace) enter() error {
-	have, err := p.base.controllers()
-	if err != nil {
+	if err := p.base.canLimit(); err != nil {
 		return err
-	}
-	for _, c := range limitControllers {
-		if !slices.Contains(have, c) {
-			return noLimits("the cgroup %s has no controller %s (it has: %s)", p.base.path(), c, strings.Join(have, " "))
-		}
 	}
 	leaf := p.base.sub(supervisorLeaf)
 	if err := leaf.make(); err != nil {
@@ -156,6 +153,27 @@ func (p *cgroupPlace) enter() error {
 	return nil
 }
 
+// canLimit says, by its error, that a cgroup has not all of the controllers.
+func (g cgroup) canLimit() error {
+	have, err := g.controllers()
+	if err != nil {
+		return err
+	}
+	var missing []string
+	for _, c := range limitControllers {
+		if !slices.Contains(have, c) {
+			missing = append(missing, c)
+		}
+	}
+	switch {
+	case len(missing) == 0:
+		return nil
+	case g == cgroupMount:
+		return noLimits("cgroup v2 has no %s on this host, which may have them in cgroup v1; boot with systemd.unified_cgroup_hierarchy=1 and without cgroup_disable=", strings.Join(missing, ", "))
+	}
+	return noLimits("the cgroup %s has no %s", g.path(), strings.Join(missing, ", "))
+}
+
 // initialPIDs is the first process namespace's name (PROC_PID_INIT_INO), in which
 // systemd reads the numbers of processes that it is told.
 const initialPIDs = "pid:[4026531836]"
@@ -166,7 +184,7 @@ func (s *Supervisor) makeScope(ctx context.Context) (cgroup, error) {
 	if ns, err := os.Readlink("/proc/self/ns/pid"); err != nil || ns != initialPIDs {
 		return "", noLimits("systemd manages the cgroups, and this is not its process namespace")
 	}
-	conn, err := systemd.NewSystemConnectionContext(ctx)
+	conn, err := systemd.NewWithContext(ctx)
 	if err != nil {
 		return "", noLimits("systemd manages the cgroups, and does not answer: %v", err)
 	}
@@ -207,14 +225,19 @@ const vmSlice = "clawvm.slice"
 // scopeName is the scope of a supervisor that no unit started. The process's
 // number keeps it apart from one that systemd has not seen the end of yet.
 func (l Layout) scopeName(vm string) string {
-	return fmt.Sprintf("clawvm-%s-%s-%d.scope", l.ID, vm, os.Getpid())
+	return fmt.Sprintf("clawvm-%s-%s-%d%s", l.ID, vm, os.Getpid(), scopeSuffix)
 }
+
+const scopeSuffix = ".scope"
 
 // subtree holds the cgroups of this root's VMs where nobody manages them.
 func (l Layout) subtree() cgroup { return cgroupMount.sub("clawvm-" + l.ID) }
 
 // makeSubtree makes the cgroup of a VM in this root's own subtree.
 func (l Layout) makeSubtree(vm string) (cgroup, error) {
+	if err := cgroupMount.canLimit(); err != nil {
+		return "", err
+	}
 	if err := cgroupMount.enable(limitControllers); err != nil {
 		return "", noLimits("cannot turn on the controllers %s of cgroup v2: %v", strings.Join(limitControllers, ", "), Bare(err))
 	}
@@ -247,10 +270,17 @@ func (l Layout) makeSubtree(vm string) (cgroup, error) {
 // it. What systemd made, systemd removes.
 func (s *Supervisor) leaveCgroup() error {
 	p := s.cgroups
-	if p == nil || p.from == "" {
+	s.cgroups = nil
+	if p == nil {
 		return nil
 	}
-	s.cgroups = nil
+	return s.leave(p)
+}
+
+func (s *Supervisor) leave(p *cgroupPlace) error {
+	if p.from == "" {
+		return nil
+	}
 	if err := p.from.join(os.Getpid()); err != nil {
 		// It was a session's, and went with it. The root holds whoever has no other.
 		if err := cgroupMount.join(os.Getpid()); err != nil {

@@ -107,7 +107,13 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 		return nil, err
 	}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) { s.answer(w, s.Status()) })
+	mux.HandleFunc("GET /v1/status", func(w http.ResponseWriter, r *http.Request) {
+		if r.FormValue(settledQuery) != "" {
+			s.answer(w, s.settled(r.Context()))
+			return
+		}
+		s.answer(w, s.Status())
+	})
 	mux.HandleFunc("GET /v1/declaration", func(w http.ResponseWriter, r *http.Request) { s.answer(w, s.declaration()) })
 	mux.HandleFunc("GET /v1/progress", s.serveProgress)
 	mux.HandleFunc("POST /v1/down", func(w http.ResponseWriter, r *http.Request) {
@@ -264,6 +270,23 @@ func (c *Client) Status(ctx context.Context) (Status, error) {
 	defer cancel()
 	var st Status
 	err := c.question(ctx, "GET", "status", &st)
+	return st, err
+}
+
+// settledQuery asks for a status that is sure. A supervisor of an older clawvm
+// doesn't know it, and says what it thinks.
+const settledQuery = "settled"
+
+// settledTimeout bounds how long the kernel may take to end a killed process.
+const settledTimeout = 20 * time.Second
+
+// Settled is Status, but waits where a part of the VM has just died until the
+// supervisor has noticed.
+func (c *Client) Settled(ctx context.Context) (Status, error) {
+	ctx, cancel := context.WithTimeout(ctx, settledTimeout)
+	defer cancel()
+	var st Status
+	err := c.question(ctx, "GET", "status?"+settledQuery+"=1", &st)
 	return st, err
 }
 

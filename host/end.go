@@ -95,6 +95,7 @@ func (l *life) wait(ctx context.Context, w watch) (happening, error) {
 		case <-gone:
 			return vmmGone, nil
 		case err := <-lost:
+			l.over()
 			// virtiofsd ends when its client does: only then it is no fault.
 			if l.endsBy(err) {
 				return vmmGone, nil
@@ -137,6 +138,7 @@ func (l *life) awaitEnd(ctx context.Context) (EndKind, error) {
 	what, err := l.wait(ctx, watch{vmm: true, parts: true, asks: true, until: func(m gate.Message) bool {
 		return m.Kind == gate.Lost && l.restartsSick()
 	}})
+	l.over()
 	switch what {
 	case told:
 		// Its disks may still be finished: the power button is not the agent's.

@@ -261,7 +261,8 @@ func (c *collector) collectShared(ctx context.Context) {
 	c.swept.Removed = append(c.swept.Removed, pruned...)
 }
 
-// runLeftovers is what lies in a dead VM's run directory beside its lock.
+// runLeftovers is what lies in a dead VM's run directory beside its lock, and what
+// its next start gives back to its unit.
 func runLeftovers(p Paths) ([]leftover, error) {
 	entries, err := os.ReadDir(p.Run)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -272,7 +273,7 @@ func runLeftovers(p Paths) ([]leftover, error) {
 	}
 	var found []leftover
 	for _, e := range entries {
-		if path := filepath.Join(p.Run, e.Name()); path != p.Lock() {
+		if path := filepath.Join(p.Run, e.Name()); path != p.Lock() && path != p.UnitWeight() {
 			found = append(found, leftover{path, func() error { return removeRun(path) }})
 		}
 	}

@@ -255,6 +255,10 @@ func (p Paths) Lock() string { return filepath.Join(p.Run, "lock") }
 // Control is the supervisor's socket.
 func (p Paths) Control() string { return filepath.Join(p.Run, "control.sock") }
 
+// UnitWeight keeps the weight that the VM's unit had before the declared one was
+// set, for as long as that is.
+func (p Paths) UnitWeight() string { return filepath.Join(p.Run, "unit-weight") }
+
 // GateSocket is the socket through which exec reaches the guest.
 func (p Paths) GateSocket() string { return filepath.Join(p.Run, "gate.sock") }
 

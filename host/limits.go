@@ -7,12 +7,13 @@ import (
 	"io/fs"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 
-	systemd "github.com/coreos/go-systemd/v22/dbus"
-	"github.com/godbus/dbus/v5"
+	"golang.org/x/sys/unix"
 
 	"github.com/clawvm/clawvm/config"
 )
@@ -123,7 +124,7 @@ func (l *life) setLimits(ctx context.Context) error {
 	err := l.enterCgroup(ctx)
 	var none *noLimitsError
 	if errors.As(err, &none) {
-		l.note("limits", "none apply: %s", none.why)
+		l.note("limits", "no limits apply: %s", none.why)
 		l.update(func(st *Status) { st.Limits = &Limits{None: none.why} })
 		return nil
 	}
@@ -181,27 +182,6 @@ func (g cgroup) set(values []cgroupValue) error {
 	return nil
 }
 
-// setWeight sets the weight on the VM's own cgroup, which is its unit's where it
-// has one: then only systemd may, and the unit's own setting stays unless the
-// declaration has another than the default.
-func (l *life) setWeight(ctx context.Context, weight int) error {
-	if l.cgroups.unit == "" {
-		return l.cgroups.base.set([]cgroupValue{{"cpu.weight", strconv.Itoa(weight)}})
-	}
-	if weight == config.DefaultCPUWeight {
-		return nil
-	}
-	conn, err := systemd.NewSystemConnectionContext(ctx)
-	if err == nil {
-		defer conn.Close()
-		err = conn.SetUnitPropertiesContext(ctx, l.cgroups.unit, true, systemd.Property{Name: "CPUWeight", Value: dbus.MakeVariant(uint64(weight))})
-	}
-	if err != nil {
-		return fmt.Errorf("cannot set limits.cpuWeight: systemd: %w", err)
-	}
-	return nil
-}
-
 // spawnGuest starts the VMM or a virtiofsd, in the cgroup that the limits are on.
 func (l *life) spawnGuest(cmd *exec.Cmd) error {
 	return l.leaves.vm.hold(cmd, func() error { return l.spawner.spawnDispensable(cmd) })
@@ -213,10 +193,21 @@ func (l *life) spawnGate(cmd *exec.Cmd) error {
 }
 
 // hold lets start begin cmd's process in the cgroup, so that there is no moment at
-// which it is in another (clone3(2), CLONE_INTO_CGROUP).
+// which it is in another (clone3(2), CLONE_INTO_CGROUP). Where that can't be, it is
+// moved as soon as it is there, with what it has started until then.
 func (g cgroup) hold(cmd *exec.Cmd, start func() error) error {
 	if g == "" {
 		return start()
+	}
+	if !bornInCgroup() {
+		if err := start(); err != nil {
+			return err
+		}
+		if err := g.adopt(cmd.Process.Pid); err != nil {
+			// It is as if it had never been there: nobody else waits for it.
+			return errors.Join(fmt.Errorf("cannot use the VM's cgroup: %w", err), cmd.Process.Kill(), ignoreExit(cmd.Wait()))
+		}
+		return nil
 	}
 	dir, err := os.Open(string(g))
 	if err != nil {
@@ -228,6 +219,45 @@ func (g cgroup) hold(cmd *exec.Cmd, start func() error) error {
 	}
 	cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(dir.Fd())
 	return start()
+}
+
+// bornInCgroup says whether this process may call clone3(2). A sandbox that looks at
+// what is cloned can't look into its arguments, and says that there is no such call,
+// as systemd's RestrictNamespaces= does.
+var bornInCgroup = sync.OnceValue(func() bool {
+	// Arguments of no length are refused before anything is done.
+	_, _, err := unix.Syscall(unix.SYS_CLONE3, 0, 0, 0)
+	return err == unix.EINVAL
+})
+
+// adopt moves a process that was started beside the cgroup into it, and what that
+// has started until then, which is in its process group.
+func (g cgroup) adopt(pid int) error {
+	beside := g.parent().sub(supervisorLeaf)
+	for moved := []int{pid}; len(moved) > 0; {
+		for _, p := range moved {
+			if err := g.join(p); err != nil && !errors.Is(err, unix.ESRCH) {
+				return err
+			}
+		}
+		all, err := beside.processes()
+		if err != nil {
+			return err
+		}
+		moved = slices.DeleteFunc(all, func(p int) bool {
+			group, err := unix.Getpgid(p)
+			return err != nil || group != pid
+		})
+	}
+	return nil
+}
+
+// ignoreExit drops the error of a process that was killed.
+func ignoreExit(err error) error {
+	if errors.As(err, new(*exec.ExitError)) {
+		return nil
+	}
+	return err
 }
 
 // explainEnd adds to the error that the VM ended with what the kernel has done to

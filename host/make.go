@@ -9,6 +9,7 @@ import (
 	"os"
 	osuser "os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/clawvm/clawvm/config"
@@ -39,11 +40,11 @@ func (l *life) clearRun() error {
 	if err != nil {
 		return err
 	}
-	keep := map[string]bool{filepath.Base(l.paths.Lock()): true, filepath.Base(l.paths.Control()): true}
+	keep := []string{l.paths.Lock(), l.paths.Control(), l.paths.UnitWeight()}
 	var errs []error
 	for _, e := range entries {
-		if !keep[e.Name()] {
-			errs = append(errs, removeRun(filepath.Join(l.paths.Run, e.Name())))
+		if path := filepath.Join(l.paths.Run, e.Name()); !slices.Contains(keep, path) {
+			errs = append(errs, removeRun(path))
 		}
 	}
 	return errors.Join(errs...)

@@ -201,10 +201,31 @@ type outlook struct {
 	kernels map[string]*kernel.Kernel // by what is declared; nil: there is none
 	files   map[string]string         // identities
 	digests map[string]string         // of images, by name
+
+	glance, look func() vmm.Facts // what the host can do: at first sight, and tried
 }
 
 func newOutlook(l Layout) *outlook {
-	return &outlook{layout: l, kernels: map[string]*kernel.Kernel{}, files: map[string]string{}, digests: map[string]string{}}
+	return &outlook{
+		layout: l, kernels: map[string]*kernel.Kernel{}, files: map[string]string{}, digests: map[string]string{},
+		glance: sync.OnceValue(vmm.GlanceHost), look: sync.OnceValue(vmm.LookHost),
+	}
+}
+
+// chosen is the VMM that the next start of a VM would choose, where the choice is
+// the host's; else it is the one that runs.
+func (o *outlook) chosen(declared, runs string) string {
+	if declared != config.VMMAuto {
+		return runs
+	}
+	if name, _, err := vmm.Choose(declared, o.glance()); err != nil || name == runs {
+		return runs
+	}
+	name, _, err := vmm.Choose(declared, o.look())
+	if err != nil {
+		return runs
+	}
+	return name
 }
 
 // cached is the answer to a question that is asked once.
@@ -256,7 +277,9 @@ func (o *outlook) pending(ctx context.Context, client *Client, st Status, vm *co
 			add(PendingKernel, "kernel", st.Kernel, "another build of it")
 		}
 	}
-	if o.replaced(made, made.VMMProgram) {
+	if chosen := o.chosen(vm.VMM, st.VMM); chosen != st.VMM {
+		add(PendingVMM, "vmm", st.VMM, chosen)
+	} else if o.replaced(made, made.VMMProgram) {
 		if now := o.vmmVersion(ctx, st.VMM, made.VMMProgram); now != "" && now != made.VMM {
 			add(PendingVMM, st.VMM, made.VMM, now)
 		}

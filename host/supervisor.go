@@ -42,6 +42,7 @@ type Supervisor struct {
 
 	mu     sync.Mutex // guards what follows
 	status Status
+	parts  []int          // processes without which the VM, if it is up, can't go on
 	fields []config.Field // the declaration that the VM goes by
 	life   *life
 

@@ -140,8 +140,7 @@ func (l *life) live(ctx context.Context) (EndKind, error) {
 	err := l.bringUp(ctx)
 	kind := kindOf(err)
 	if err == nil {
-		now := time.Now().UTC()
-		l.update(func(st *Status) { st.State, st.Step, st.Ready, st.Since = Running, "", now, now })
+		l.isUp()
 		l.journal.add(Progress{State: VMReady})
 		l.begin()
 		l.tellSystemd("READY=1")
@@ -149,8 +148,6 @@ func (l *life) live(ctx context.Context) (EndKind, error) {
 		// What the start needed, a running VM does not: the kernel's files above all, where they had to be made.
 		go debug.FreeOSMemory()
 		kind, err = l.awaitEnd(ctx)
-		// Who comes to follow from now on must not be told of the ready that is over.
-		l.journal.restart()
 	}
 	asked := ctx.Err() != nil
 	close(stopWatching)

@@ -27,7 +27,12 @@ func TestEnds(t *testing.T) {
 	w := newWorld(t)
 	w.prepareStore(t)
 	w.declare(t, "ends", fmt.Sprintf(endsVM, vmmName()))
-	t.Cleanup(func() { w.clawvm(t, "down", "--timeout", "1s", "ends") })
+	t.Cleanup(func() {
+		w.clawvm(t, "down", "--timeout", "1s", "ends")
+		if t.Failed() {
+			t.Logf("the supervisor says:\n%s", w.LastWords([]string{"ends"}))
+		}
+	})
 	w.must(t, "up", "ends")
 
 	root := func(t *testing.T, script string) {
@@ -58,7 +63,13 @@ func TestEnds(t *testing.T) {
 		{"reboot", "reboot", false, func(t *testing.T) { root(t, "reboot -f") }},
 		{"the VMM is killed", "vmm-killed", true, killAll("vmm")},
 		{"kernel panic", "panic", true, func(t *testing.T) { root(t, "echo 1 > /proc/sys/kernel/sysrq; echo c > /proc/sysrq-trigger") }},
-		{"a virtiofsd is killed", "share-lost", true, killAll("virtiofsd")},
+		{"a virtiofsd is killed", "share-lost", true, func(t *testing.T) {
+			killAll("virtiofsd")(t)
+			// An up that comes before the supervisor has made up its mind waits for that.
+			if out := w.must(t, "up", "ends"); !strings.Contains(out, "ends is ready after") {
+				t.Errorf("up at once says\n%s", out)
+			}
+		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			before := w.entry(t, "ends")
@@ -177,7 +188,12 @@ func TestWorkloadEnds(t *testing.T) {
 	w := newWorld(t)
 	w.prepareStore(t)
 	w.declare(t, "work", fmt.Sprintf(workloadVM, vmmName()))
-	t.Cleanup(func() { w.clawvm(t, "down", "--timeout", "1s", "work") })
+	t.Cleanup(func() {
+		w.clawvm(t, "down", "--timeout", "1s", "work")
+		if t.Failed() {
+			t.Logf("the supervisor says:\n%s", w.LastWords([]string{"work"}))
+		}
+	})
 	w.must(t, "up", "work")
 	do := func(script string) { w.must(t, "exec", "work", "--", "sh", "-c", script) }
 	var e host.Entry

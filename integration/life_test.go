@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -65,7 +66,10 @@ func TestLifeOfAVM(t *testing.T) {
 	}
 
 	t.Run("up says how to go on", func(t *testing.T) {
-		for _, want := range []string{"life is ready after", "127.0.0.1:18080->8080/tcp", "exec life -- id"} {
+		for _, want := range []string{
+			"life is ready after", "127.0.0.1:18080->8080/tcp", "exec life -- id",
+			"no limits apply: cgroup v2 is not mounted at /sys/fs/cgroup", // see world
+		} {
 			if !strings.Contains(up, want) {
 				t.Errorf("up does not say %q:\n%s", want, up)
 			}
@@ -234,6 +238,7 @@ func TestLifeOfAVM(t *testing.T) {
 			t.Errorf("the published port after the reboot: %q", got)
 		}
 	})
+	controllers := mountCgroups(t)
 	t.Run("down and up", func(t *testing.T) {
 		began := time.Now()
 		w.must(t, "down", "life")
@@ -243,13 +248,41 @@ func TestLifeOfAVM(t *testing.T) {
 		if r := w.clawvm(t, "status", "life"); r.code != 3 {
 			t.Errorf("status of a VM that is down: exit code %d, want 3", r.code)
 		}
-		w.must(t, "up", "life")
+		out := w.must(t, "up", "life")
 		says(t, "cat /var/lib/state/kept", "kept")
+		shown := w.clawvm(t, "status", "life").stdout
+		if strings.Contains(controllers, "memory") {
+			if strings.Contains(out, "no limits") || !strings.Contains(shown, "cpu weight 100, tasks 1024") || !strings.Contains(shown, "/life\n") {
+				t.Errorf("with the controllers %s up says\n%s\nand status\n%s", controllers, out, shown)
+			}
+		} else if why := "cgroup v2 has no cpu, memory, pids on this host"; !strings.Contains(out, "no limits apply: "+why) || !strings.Contains(shown, "none apply: "+why) {
+			t.Errorf("without controllers up says\n%s\nand status\n%s", out, shown)
+		}
 	})
 	t.Run("poweroff from inside", func(t *testing.T) {
 		w.clawvm(t, "exec", "--root", "life", "poweroff", "-f")
 		eventually(t, "the VM is down", 60*time.Second, func() bool { return w.status(t, "life").State == "stopped" })
 	})
+}
+
+// mountCgroups gives the world the host's cgroup v2, until the test's end, and
+// returns its controllers: none where they are cgroup v1's.
+func mountCgroups(t *testing.T) string {
+	t.Helper()
+	const at = "/sys/fs/cgroup"
+	if err := syscall.Mount("cgroup2", at, "cgroup2", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(at, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	controllers, err := os.ReadFile(at + "/cgroup.controllers")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(controllers))
 }
 
 func writeSecret(t *testing.T, file, text string) {

@@ -118,9 +118,29 @@ func (f Facts) whyNoCloudHypervisor() string {
 // LookHost looks what the host can do. It changes nothing; a VM that it makes in /dev/kvm to see whether that
 // works is gone again.
 func LookHost() Facts {
-	f := Facts{Flags: cpuFlags(), KVMGroup: -1}
-	f.NoKVM, f.KVMGroup = lookKVM("/dev/kvm")
-	f.QEMU = lookPath(qemuBinary)
+	f := programs()
+	f.NoKVM, f.KVMGroup = lookKVM(kvmDevice)
+	return f
+}
+
+// GlanceHost is LookHost without trying KVM, which is taken to work where its device is there: making a VM costs
+// milliseconds.
+func GlanceHost() Facts {
+	f := programs()
+	if _, err := os.Stat(kvmDevice); err != nil {
+		f.NoKVM = noDevice
+	}
+	return f
+}
+
+const (
+	kvmDevice = "/dev/kvm"
+	noDevice  = kvmDevice + " isn't there"
+)
+
+// programs finds the VMMs, and whether the processor could run guests.
+func programs() Facts {
+	f := Facts{Flags: cpuFlags(), KVMGroup: -1, QEMU: lookPath(qemuBinary)}
 	named := os.Getenv(CloudHypervisorEnv)
 	if named == "" {
 		f.CloudHypervisor = lookPath("cloud-hypervisor")

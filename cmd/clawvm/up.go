@@ -123,6 +123,17 @@ func upAll(ctx context.Context, l host.Layout, names []string, wait bool) error 
 }
 
 func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *screen) error {
+	for {
+		again, err := upOnce(ctx, l, name, wait, screen)
+		if !again {
+			return err
+		}
+	}
+}
+
+// upOnce brings a VM up. again: one that was about to end has ended, and can be
+// started.
+func upOnce(ctx context.Context, l host.Layout, name string, wait bool, screen *screen) (again bool, err error) {
 	began := time.Now()
 	before, err := host.LastEnd(l, name)
 	if err != nil {
@@ -130,51 +141,62 @@ func upOne(ctx context.Context, l host.Layout, name string, wait bool, screen *s
 	}
 	started, unit, err := host.Start(ctx, l, name)
 	if err != nil {
-		return err
+		return false, err
 	}
 	if unit != "" {
 		screen.say(name, fmt.Sprintf("systemd starts it, as %s", unit))
 	}
+	var ends host.Status // of a VM that was about to end
 	if !started {
-		st, err := l.Dial(name).Status(ctx)
+		st, err := l.Dial(name).Settled(ctx)
+		if errors.Is(err, host.ErrNotRunning) {
+			return true, nil
+		}
 		if err != nil {
-			return err
+			return false, err
 		}
-		if st.State == host.Paused {
-			return fmt.Errorf("VM %s is paused: %s resume %s lets it go on", name, self(l), name)
-		}
-		if st.State == host.Restarting {
+		switch st.State {
+		case host.Paused:
+			return false, fmt.Errorf("VM %s is paused: %s resume %s lets it go on", name, self(l), name)
+		case host.Restarting:
 			if err := l.Dial(name).Start(ctx); err != nil {
-				return err
+				return false, err
 			}
-		}
-		if st.State == host.Running {
+		case host.Running:
 			screen.say(name, fmt.Sprintf("%s is up already (for %s)", name, human(time.Since(st.Started))))
-			return nil
+			return false, nil
+		case host.Stopping:
+			screen.line(name, fmt.Sprintf("%-8s it is about to end: waiting for that", ""))
+			ends = st
 		}
 	}
-	if !wait {
-		return nil
+	if !wait && ends.State == "" {
+		return false, nil
 	}
 	show := screen.follow(name, l.VM(name).WorkloadLog())
 	last, err := l.Dial(name).Follow(ctx, show.step)
 	show.end()
-	if err != nil {
+	if err != nil && ctx.Err() != nil {
 		if waited, ok := context.Cause(ctx).(errWaited); ok {
-			return &host.CodedError{Code: host.ExitTimeout, Err: fmt.Errorf("VM %s is %w; it goes on starting: %s status %s shows it, %s down %s ends it",
+			return false, &host.CodedError{Code: host.ExitTimeout, Err: fmt.Errorf("VM %s is %w; it goes on starting: %s status %s shows it, %s down %s ends it",
 				name, waited, self(l), name, self(l), name)}
 		}
-		if errors.Is(ctx.Err(), context.Canceled) {
-			return fmt.Errorf("interrupted: VM %s goes on starting; %s down %s ends it", name, self(l), name)
-		}
+		return false, fmt.Errorf("interrupted: VM %s goes on starting; %s down %s ends it", name, self(l), name)
+	}
+	ended := err != nil || last.State == host.VMEnded
+	if ended && ends.State != "" {
+		_, err := host.WaitDown(ctx, l, ends)
+		return err == nil, err
+	}
+	if err != nil {
 		// The supervisor was killed, or ended in between.
 		last = host.Progress{State: host.VMEnded, Text: host.WhyNot(l, name, before, err).Error()}
 	}
-	if last.State == host.VMEnded {
-		return failed(ctx, l, name, last.Text, began)
+	if ended {
+		return false, failed(ctx, l, name, last.Text, began)
 	}
 	screen.say(name, nextSteps(ctx, l, name, time.Since(began)))
-	return nil
+	return false, nil
 }
 
 // lastLines is how much of a guest's logs is shown when a start fails.

@@ -132,7 +132,9 @@ func (b *Base) command(o Options, kernel, initrd, disk, snapshot string) *exec.C
 		"-accel", "tcg,thread=multi")
 	cmd := exec.Command(filepath.Join(qemu, "lib", loader), args...)
 	cmd.Env = env
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	// A group of its own, for a terminal's ^C is not the server's; and no session, which the kernel would schedule
+	// as one more among all that run here, whatever priority the tests were given (sched(7), autogroup).
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	return cmd
 }
 

@@ -18,7 +18,7 @@ import (
 
 const (
 	// tableLimit bounds one column of the table in the emulated server.
-	tableLimit = 20 * time.Minute
+	tableLimit = 30 * time.Minute
 	// inside is where the programs lie in the emulated server.
 	inside = "/opt/clawvm-test"
 )
@@ -59,7 +59,7 @@ func TestTables(t *testing.T) {
 			var out bytes.Buffer
 			code, err := h.Exec(ctx, emuhost.Command{
 				Dir:    inside,
-				Argv:   []string{"./integration.test", "-test.v", "-test.timeout", tableLimit.String(), "-test.run", tables()},
+				Argv:   []string{"./integration.test", "-test.v", "-test.timeout", tableLimit.String(), "-test.run", tables(program != "")},
 				Env:    []string{"CLAWVM_TEST_VMM=" + name, "CLAWVM_TEST_BIN=" + inside + "/bin"},
 				Stdout: &out, Stderr: &out,
 			})
@@ -74,13 +74,24 @@ func TestTables(t *testing.T) {
 	}
 }
 
-// tables names the tests that are run on the server; CLAWVM_TEST_TABLES can name
-// fewer, to look at one.
-func tables() string {
-	if t := os.Getenv("CLAWVM_TEST_TABLES"); t != "" {
-		return t
+// What is run on the server. The short list is what `make test` has the time for;
+// the whole is run where there is a cloud-hypervisor, and when it is asked for.
+const (
+	shortTables = "^(TestLifeOfAVM|TestEnds)$"
+	wholeTables = "^(TestLifeOfAVM|TestVerbs|TestKilledAtWill|TestEnds|TestWorkloadEnds)$"
+)
+
+// tables names the tests that are run on the server. CLAWVM_TEST_TABLES can be
+// "all", or a pattern, to look at one.
+func tables(cloudHypervisor bool) string {
+	asked := os.Getenv("CLAWVM_TEST_TABLES")
+	switch {
+	case asked == "all", asked == "" && cloudHypervisor:
+		return wholeTables
+	case asked == "":
+		return shortTables
 	}
-	return "^(TestLifeOfAVM|TestVerbs|TestKilledAtWill)$"
+	return asked
 }
 
 // run runs the go command, for static programs.

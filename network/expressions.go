@@ -191,6 +191,18 @@ func ctState(states string) part {
 		and32(ctStates[states], 0), differs(make([]byte, 4))}}
 }
 
+// connlimitInverted is NFT_CONNLIMIT_F_INV of linux/netfilter/nf_tables.h: more than so many, and not up to.
+const connlimitInverted = 1
+
+// countedOver takes a connection of who has more than so many at once, this one
+// included, by a set that counts them for each address that they come from.
+func countedOver(set string, most uint32) part {
+	return part{fmt.Sprintf("add @%s { ip saddr ct count over %d }", set, most), append(ipv4(),
+		load(expr.PayloadBaseNetworkHeader, ipSource, 4, reg),
+		&expr.Dynset{SrcRegKey: reg, SetName: set, Operation: unix.NFT_DYNSET_OP_ADD,
+			Exprs: []expr.Any{&expr.Connlimit{Count: most, Flags: connlimitInverted}}})}
+}
+
 // ctStatusDNATBit is IPS_DST_NAT of linux/netfilter/nf_conntrack_common.h.
 const ctStatusDNATBit = 1 << 5
 

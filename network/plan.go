@@ -327,6 +327,9 @@ func (t table) nft() *nftables.Table { return &nftables.Table{Family: t.family, 
 func (s setIn) nft() *nftables.Set {
 	n := &nftables.Set{Table: s.table.nft(), Name: s.set.name, IsMap: s.set.isMap, KeyType: s.set.key, DataType: s.set.data,
 		KeyByteOrder: binaryutil.BigEndian}
+	if n.Dynamic = s.set.dynamic; n.Dynamic {
+		n.Size = dynamicSize
+	}
 	if s.set.byLink {
 		n.KeyByteOrder = binaryutil.NativeEndian // or the nft program shows the names as ""
 	}

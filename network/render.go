@@ -25,6 +25,9 @@ func (t table) String() string {
 		if typ != "" {
 			fmt.Fprintf(&w, "\t\ttype %s\n", typ)
 		}
+		if s.dynamic {
+			fmt.Fprintf(&w, "\t\tsize %d\n\t\tflags dynamic\n", dynamicSize)
+		}
 		if len(s.elements) > 0 {
 			texts := make([]string, len(s.elements))
 			for i, e := range s.elements {

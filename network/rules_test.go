@@ -229,6 +229,7 @@ func TestTwoRoots(t *testing.T) {
 		}
 		return strings.Join(mine, "\n")
 	}
+	first.answers(t, "tcp", server+":80", "server "+hostUplink) // from now on its connections are counted
 	rulesBefore, linksBefore := stripCounters(rules()), links()
 	// The same VM's name, in the other root.
 	g := Guest{VM: "openclaw", Address: netip.MustParseAddr("192.168.90.2"), Egress: EgressOpen, LogGroup: 20}

@@ -65,7 +65,19 @@ const (
 	setServices  = "services"  // address . protocol . port that it may reach on the bridge's address
 	setTAPs      = "taps"      // names of the TAPs that are pinned
 	setPins      = "pins"      // TAP . MAC . address that belong together
+	// setConnections has the addresses of VMs that began a connection, each with how
+	// many it has: the kernel adds and counts them.
+	setConnections = "connections"
 )
+
+// ConnectionsMax is how many connections a VM may begin and have at once, those
+// among them that are only not forgotten yet: the kernel has one table of them for the
+// whole host (262,144 entries on most), and without room in it nobody's begin, the
+// owner's own neither. The kernel walks through a VM's at a new one, a few hundred
+// microseconds for so many.
+const ConnectionsMax = 4096
+
+var connectionsMax uint32 = ConnectionsMax // a test can't begin so many in a moment
 
 func chainOf(vm string) string      { return "vm_" + vm }
 func refuseChain(vm string) string  { return "refuse_" + vm }
@@ -87,8 +99,12 @@ type set struct {
 	data     nftables.SetDatatype // of a map
 	isMap    bool
 	byLink   bool // the key begins with the name of a link, which is in the host's byte order
+	dynamic  bool // rules add its elements
 	elements []element
 }
+
+// dynamicSize bounds a set whose elements rules add; a bridge has fewer ports.
+const dynamicSize = 65535
 
 // element is a set's element: its key, and in a map what it leads to.
 type element struct {
@@ -126,6 +142,8 @@ func inetTable(b Bridge) table {
 			{name: mapRefusals, key: nftables.TypeIPAddr, data: nftables.TypeVerdict, isMap: true},
 			{name: mapResolvers, key: nftables.TypeIPAddr, data: typeService, isMap: true},
 			{name: setServices, key: typeGuestService},
+			// The last: VMs' parts (guestTables) have no elements of it to put there.
+			{name: setConnections, key: nftables.TypeIPAddr, dynamic: true},
 		},
 		chains: []chain{
 			// Before anyone's forwarding of the host's ports, Docker's among them: a
@@ -136,6 +154,8 @@ func inetTable(b Bridge) table {
 				"type filter hook prerouting priority dstnat - 10; policy accept;"}, rules: []rule{
 				newRule("not from a VM", notIif(b.Name), accept()),
 				newRule("", ctState("established,related"), accept()),
+				newRule("too many connections at once", dport(unix.IPPROTO_UDP, 53), countedOver(setConnections, connectionsMax), jump(chainRefuse)),
+				newRule("", dport(unix.IPPROTO_TCP, 53), countedOver(setConnections, connectionsMax), jump(chainRefuse)),
 				newRule("not for the host", notForHost(), accept()),
 				newRule("", dport(unix.IPPROTO_UDP, 53), accept()),
 				newRule("", dport(unix.IPPROTO_TCP, 53), accept()),
@@ -155,6 +175,7 @@ func inetTable(b Bridge) table {
 				newRule("IPv6 is closed", notIPv4(), drop()),
 				newRule("answers to the host, published ports among them", ctState("established,related"), markAccepted(), accept()),
 				newRule("", ctState("invalid"), drop()),
+				newRule("too many connections at once", ctState("new"), countedOver(setConnections, connectionsMax), jump(chainRefuse)),
 				newRule("what the VM may use on the host", daddr(netip.PrefixFrom(own, 32)), serviceIn(setServices), markAccepted(), accept()),
 				newRule("any other port and address of the host", jump(chainRefuse)),
 			}},
@@ -178,6 +199,7 @@ func inetTable(b Bridge) table {
 				newRule("another VM", oif(b.Name), jump(chainRefuse)),
 				newRule("redirected by others", ctStatusDNAT(), jump(chainRefuse)),
 				newRule("would leave with the VM's own address", ctState("invalid"), drop()),
+				newRule("too many connections at once", ctState("new"), countedOver(setConnections, connectionsMax), jump(chainRefuse)),
 				newRule("", vmapBySource(mapGuests)),
 				newRule("a VM that isn't up", jump(chainRefuse)),
 			}},

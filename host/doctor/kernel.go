@@ -57,7 +57,7 @@ var networkTrials = []struct {
 }{
 	{"bridge", network.TryBridge, "bridge", "a bridge can be made"},
 	{"tap", network.TryTAP, "tun", "a TAP can be made and opened"},
-	{"nftables", network.TryRules, "nf_tables nft_chain_nat nft_masq nft_reject_inet nft_fib_inet nft_log nft_ct", "the kernel takes all rules, in the families inet and bridge"},
+	{"nftables", network.TryRules, "nf_tables nft_chain_nat nft_masq nft_reject_inet nft_fib_inet nft_log nft_ct nft_connlimit", "the kernel takes all rules, in the families inet and bridge"},
 	{"connection-log", tryLogs, "nfnetlink_log nf_log_syslog nf_conntrack_netlink", "connections can be logged and counted"},
 }
 

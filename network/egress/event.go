@@ -12,6 +12,7 @@ const (
 	KindClose   = "close"   // a connection ended
 	KindLost    = "lost"    // connections that the kernel could not report; Count of them, where it is known
 	KindDropped = "dropped" // events that the log itself could not write; Count of them
+	KindRemoved = "removed" // events that were written and are no longer kept; Count of all so far
 )
 
 // The verdicts of queries and of opened connections.

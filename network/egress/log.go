@@ -47,11 +47,12 @@ type Log struct {
 	done    chan struct{}
 
 	// Only the writing goroutine uses these.
-	file  *os.File
-	size  int64
-	torn  bool  // the file may end within a line
-	err   error // the last failure to write
-	write func(*os.File, []byte) (int, error)
+	file    *os.File
+	size    int64
+	removed uint64 // events that rotations have removed so far
+	torn    bool   // the file may end within a line
+	err     error  // the last failure to write
+	write   func(*os.File, []byte) (int, error)
 }
 
 // OpenLog opens or makes the log at path, whose directory must be writable. Close it to write out what waits.
@@ -83,6 +84,9 @@ func openLog(path string, opts LogOptions, write func(*os.File, []byte) (int, er
 	}
 	// Whoever wrote here before may have been killed within a line.
 	l.file, l.size, l.torn = f, info.Size(), info.Size() > 0
+	if e := head(path); e != nil {
+		l.removed = e.Count
+	}
 	go l.run()
 	return l, nil
 }
@@ -217,6 +221,7 @@ func (l *Log) rotate() error {
 	if err != nil {
 		return fmt.Errorf("cannot rotate network log: %w", err)
 	}
+	oldest := countEvents(rotated(l.path, l.opts.Files-1))
 	for i := l.opts.Files - 2; i >= 0 && err == nil; i-- {
 		if err = os.Rename(rotated(l.path, i), rotated(l.path, i+1)); errors.Is(err, fs.ErrNotExist) {
 			err = nil
@@ -230,6 +235,13 @@ func (l *Log) rotate() error {
 	}
 	old := l.file
 	l.file, l.size, l.torn = f, 0, false
+	if l.removed += oldest; l.removed > 0 {
+		l.mu.Lock()
+		e := removal(l.vm, l.removed)
+		l.mu.Unlock()
+		// The disk that has no room for it has none for the events either, which is said there.
+		_ = l.append(append(e.appendJSON(nil), '\n'))
+	}
 	if err := old.Close(); err != nil {
 		return fmt.Errorf("cannot close the full network log: %w", err)
 	}

@@ -112,8 +112,11 @@ func TestLogRotation(t *testing.T) {
 		t.Errorf("files %s", got)
 	}
 	counts, others := readAll(t, path)
-	if len(others) != 0 || len(counts) < 1000 || counts[len(counts)-1] != 5999 {
-		t.Fatalf("%d events, %d others", len(counts), len(others))
+	if len(others) != 1 || len(counts) < 1000 || counts[len(counts)-1] != 5999 {
+		t.Fatalf("%d events, others %+v", len(counts), others)
+	}
+	if e := others[0]; e.Kind != KindRemoved || e.VM != "claw" || e.Count != counts[0] {
+		t.Errorf("the first event that is kept is number %d, and before it stands %+v", counts[0], e)
 	}
 	for i := range counts {
 		if counts[i] != counts[0]+uint64(i) {

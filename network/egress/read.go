@@ -25,12 +25,18 @@ const (
 // Read calls each with the events of the log at path, its rotated predecessors first. With follow it goes on, across
 // rotations, until ctx ends, and waits for a log that isn't there yet. It returns nil at the end or when ctx ends, an
 // error that is fs.ErrNotExist without a log, or what each returned. A line that is no event, or longer than any, is reported as
-// an event of kind "lost". The log's directory is the gate's, so links and special files in it are refused.
+// an event of kind "lost"; how many events were removed before the oldest is the first event. The log's directory is the
+// gate's, so links and special files in it are refused.
 func Read(ctx context.Context, path string, follow bool, each func(Event) error) error {
 	r := &logReader{path: path}
 	defer r.close()
 	tick := time.NewTicker(followInterval)
 	defer tick.Stop()
+	if e := head(path); e != nil {
+		if err := each(*e); err != nil {
+			return err
+		}
+	}
 	for {
 		moved, err := r.next()
 		if err != nil && !(follow && errors.Is(err, fs.ErrNotExist)) {
@@ -220,6 +226,9 @@ func (r *logReader) event() (*Event, error) {
 	e := new(Event)
 	if json.Unmarshal(line, e) != nil || e.Kind == "" {
 		return unreadable(), nil
+	}
+	if e.Kind == KindRemoved {
+		return nil, nil // it was said at the beginning
 	}
 	return e, nil
 }

@@ -238,19 +238,19 @@ func (l *life) startShares(ctx context.Context) error {
 			SquashUID: uid, SquashGID: gid, GuestUID: l.user.uid, GuestGID: l.user.gid,
 		})
 	}
-	l.machine.Shares, l.daemons = nil, nil
+	l.machine.Shares, l.daemons, l.daemonLogs = nil, nil, nil
 	for _, s := range shares {
 		socket := l.layout.relative(filepath.Join(l.paths.VMM(), s.Tag+".sock"))
 		s.Socket, s.OwnerUID, s.OwnerGID, s.Spawn = socket, l.ids.vmm, l.ids.vmm, l.spawnGuest
-		log, err := l.logFile(l.paths.ShareLog(s.Tag))
+		log, words, err := l.openWordLog(l.paths.ShareLog(s.Tag))
 		if err != nil {
 			return err
 		}
-		s.Log = log
+		s.Log = words
 		d, err := l.virtiofsd.Serve(ctx, s)
-		err = errors.Join(err, log.Close())
+		err = errors.Join(err, words.Close())
 		if d != nil {
-			l.daemons = append(l.daemons, d)
+			l.daemons, l.daemonLogs = append(l.daemons, d), append(l.daemonLogs, log)
 			l.undo.push("the server of share "+s.Tag, d.Stop)
 		}
 		if err != nil {
@@ -316,6 +316,7 @@ func (l *life) blameShares(err error) error {
 		select {
 		case <-d.Done():
 			why := fmt.Errorf("cannot serve a share: %w", d.Err())
+			l.daemonLogs[i].await()
 			said, terr := Tail(l.paths.ShareLog(l.machine.Shares[i].Tag), 1)
 			if len(said) > 0 {
 				why = fmt.Errorf("%w; its last words: %s", why, said[0])

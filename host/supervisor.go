@@ -207,6 +207,6 @@ func putAside(path string) error {
 	return os.Rename(path, path+".1")
 }
 
-// hostLogMax bounds the logs of supervisor, VMM and virtiofsd between two starts:
-// they say little.
+// hostLogMax bounds the logs of supervisor, VMM and virtiofsd, in bytes: they say
+// little.
 const hostLogMax = 4 << 20

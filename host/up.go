@@ -53,6 +53,7 @@ type life struct {
 	machine        vmm.Machine
 	gate           *gateProcess
 	daemons        []*storage.Daemon
+	daemonLogs     []*wordLog // theirs, in the same order
 	instance       vmm.Instance
 
 	// What happens to it.

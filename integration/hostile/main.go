@@ -1,18 +1,19 @@
 // The hostile guest of the tests: PID 1 of a guest whose agent lies. It answers as
-// an honest agent does until it is ready, and then floods the host by every way
-// that there is: events, the workload's log, the console, and an exec that never
-// ends.
+// an honest agent does until it is ready. Each copy out of it is a lie of its own,
+// by the path that is asked for (lies.go), and each command too. The command
+// "flood" makes it flood the host by every way that there is: events, the
+// workload's log, the console, and an exec that never ends.
 package main
 
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/yamux"
@@ -117,6 +118,10 @@ func lie(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprint(w, `{"protocol":1,"version":"liar","name":"liar"}`)
 	case "/v1/events":
 		fmt.Fprint(w, `{"kind":"ready"}`+"\n"+`{"kind":"ready"}`+"\n")
+		if http.NewResponseController(w).Flush() != nil {
+			return
+		}
+		<-flood
 		for i := 0; ; i++ {
 			// A restart a line, as honest agents say it, with all that a line may hold.
 			if _, err := fmt.Fprintf(w, `{"kind":"workload-exited","code":1,"next":1,"detail":"%d %s"}`+"\n", i, strings.Repeat(`\u001b[2J`, 100)); err != nil {
@@ -124,23 +129,17 @@ func lie(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 	case "/v1/log":
+		if http.NewResponseController(w).Flush() != nil {
+			return
+		}
+		<-flood
 		for line := frame(2, bytes.Repeat([]byte("liar \x1b[2J\n"), 3000)); ; {
 			if _, err := w.Write(line); err != nil {
 				return
 			}
 		}
 	case "/v1/exec":
-		conn, _, err := http.NewResponseController(w).Hijack()
-		if err != nil {
-			return
-		}
-		defer conn.Close()
-		io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: clawvm-exec/1\r\n\r\n")
-		for out := frame(2, make([]byte, 32<<10)); ; {
-			if _, err := conn.Write(out); err != nil {
-				return
-			}
-		}
+		exec(w, r)
 	default: // the clock is set, and a request to end is understood, and nothing more
 		status := http.StatusNoContent
 		if r.URL.Path == "/v1/shutdown" {
@@ -150,12 +149,15 @@ func lie(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-func frame(kind byte, payload []byte) []byte {
-	return append(binary.BigEndian.AppendUint32([]byte{kind}, uint32(len(payload))), payload...)
-}
+// flood is closed when the floods are to begin.
+var (
+	flood      = make(chan struct{})
+	beginFlood = sync.OnceFunc(func() { close(flood) })
+)
 
 // shout writes to the console without an end.
 func shout() {
+	<-flood
 	for deadline := time.Now().Add(30 * time.Second); ; {
 		f, err := os.OpenFile("/dev/hvc0", os.O_WRONLY|unix.O_NOCTTY, 0)
 		if err != nil && time.Now().Before(deadline) {

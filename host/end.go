@@ -177,6 +177,9 @@ func (l *life) heed(m gate.Message) {
 		l.announced = &m
 		l.guestf("the guest ends: %s %s", m.Kind, m.Detail)
 	case gate.Lost:
+		if l.Status().State == Stopping {
+			break // the agent ends with its guest, as was asked for
+		}
 		l.guestf("the guest's agent does not answer any more: %s", m.Detail)
 		l.update(func(st *Status) { st.Lost = m.Detail })
 	case gate.Progress:

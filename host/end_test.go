@@ -30,6 +30,16 @@ func TestWhatTheGateTellsIsInTheStatus(t *testing.T) {
 	}
 }
 
+// An agent that goes with its guest, as the owner asked, is not missed.
+func TestAnAgentIsNotMissedAtTheEnd(t *testing.T) {
+	s := &Supervisor{name: "x", journal: newJournal(), log: log.New(io.Discard, "", 0), status: Status{State: Stopping}}
+	l := &life{Supervisor: s}
+	l.heed(gate.Message{Kind: gate.Lost, Detail: "unexpected EOF"})
+	if st := s.Status(); st.Lost != "" {
+		t.Errorf("status is %+v", st)
+	}
+}
+
 // A rotation that comes before the tmpfs is mounted, or after it is gone, must
 // write nothing: what is below the mount point is a disk.
 func TestSecretsAreStagedOnlyWhereTheirTmpfsIs(t *testing.T) {

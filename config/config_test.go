@@ -85,7 +85,7 @@ func TestBadHost(t *testing.T) {
 
 // sameVM compares what a declaration means, and not where it stood.
 var sameVM = []cmp.Option{
-	cmpopts.IgnoreUnexported(VM{}), cmpopts.IgnoreFields(VM{}, "File"), cmpopts.EquateComparable(netip.Addr{}),
+	cmpopts.IgnoreUnexported(VM{}), cmpopts.IgnoreFields(VM{}, "File"), cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{}),
 }
 
 func show(t *testing.T, vm *VM, origins bool) string {
@@ -138,7 +138,7 @@ func TestEveryFieldIsReachable(t *testing.T) {
 		collect(reflect.ValueOf(*vm), set)
 	}
 	for _, typ := range []any{
-		VM{}, Overlay{}, Volume{}, Share{}, Secret{}, Port{}, Egress{}, Run{}, Ready{}, HTTPReady{}, Health{}, Stop{},
+		VM{}, Overlay{}, Volume{}, Share{}, Secret{}, Port{}, Egress{}, Allow{}, Run{}, Ready{}, HTTPReady{}, Health{}, Stop{},
 		OpenClaw{}, OpenClawAuth{}, OpenClawTelegram{}, OpenClawProvider{},
 	} {
 		for _, f := range reflect.VisibleFields(reflect.TypeOf(typ)) {

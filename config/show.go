@@ -35,7 +35,7 @@ func (vm *VM) show() []pair {
 		{"image", vm.Image}, {"vcpus", vm.VCPUs}, {"memory", vm.Memory.String()}, {"limits", vm.Limits.show()}, {"vmm", vm.VMM}, {"kernel", optional(vm.Kernel)},
 		{"address", nil}, {"mac", optional(vm.MAC)}, {"tap", optional(vm.TAP)}, {"hostname", vm.Hostname}, {"gateway", nil},
 		{"nameservers", listOf(vm.Nameservers)}, {"overlay", nil}, {"volumes", nil}, {"shares", nil}, {"secrets", nil},
-		{"ports", nil}, {"egress", []pair{{"mode", vm.Egress.Mode}}}, {"restart", vm.Restart}, {"health", nil}, {"run", nil}, {"openclaw", nil},
+		{"ports", nil}, {"egress", vm.Egress.show()}, {"restart", vm.Restart}, {"health", nil}, {"run", nil}, {"openclaw", nil},
 	}
 	set := func(key string, value any) {
 		all[slices.IndexFunc(all, func(p pair) bool { return p.key == key })].value = value

@@ -7,6 +7,7 @@ package config
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -63,8 +64,9 @@ const (
 
 // What Egress.Mode may say.
 const (
-	EgressOpen = "open" // everything but other VMs, the host and link-local addresses; logged
-	EgressNone = "none" // nothing leaves the VM
+	EgressOpen      = "open"      // everything but other VMs, the host and special addresses; logged
+	EgressAllowlist = "allowlist" // what Egress.Allow says
+	EgressNone      = "none"      // nothing leaves the VM
 )
 
 // Overlay is the writable layer over the image. Exactly one of the two is set.
@@ -107,7 +109,15 @@ type Port struct {
 
 // Egress is what the VM may reach.
 type Egress struct {
-	Mode string // EgressOpen or EgressNone
+	Mode  string  // EgressOpen, EgressAllowlist or EgressNone
+	Allow []Allow // of EgressAllowlist, bundles taken apart; with none, nothing is reached
+	// AllowPrivate: private addresses, and those of CGNAT, are reached as public ones are.
+	AllowPrivate bool
+}
+
+// Equal says whether both are the same.
+func (e Egress) Equal(o Egress) bool {
+	return e.Mode == o.Mode && e.AllowPrivate == o.AllowPrivate && slices.EqualFunc(e.Allow, o.Allow, Allow.Equal)
 }
 
 // Run is a workload in its general form.

@@ -51,13 +51,7 @@ func (d *decoder) vm(n *node, path string, vm *VM, h *Host) {
 		}},
 		field{"secrets", func(n *node, p string) { vm.Secrets = d.secrets(n, p) }},
 		field{"ports", func(n *node, p string) { vm.Ports = d.ports(n, p) }},
-		field{"egress", func(n *node, p string) {
-			d.fields(n, p, field{"mode", func(n *node, p string) {
-				if s, ok := d.oneOf(n, p, EgressOpen, EgressNone); ok {
-					vm.Egress.Mode = s
-				}
-			}})
-		}},
+		field{"egress", func(n *node, p string) { d.egress(n, p, &vm.Egress) }},
 		field{"restart", func(n *node, p string) {
 			if b, ok := n.value.(bool); ok && n.kind == boolean && !b {
 				vm.Restart = RestartNo // some YAML writers and readers take a bare no for false

@@ -16,6 +16,7 @@ import (
 	"github.com/clawvm/clawvm/host/gate"
 	"github.com/clawvm/clawvm/network"
 	"github.com/clawvm/clawvm/network/egress"
+	"github.com/clawvm/clawvm/network/egress/policy"
 	"github.com/clawvm/clawvm/secrets"
 	"github.com/clawvm/clawvm/storage"
 	"github.com/clawvm/clawvm/vmm"
@@ -254,10 +255,10 @@ func (l *life) openSockets(context.Context) error {
 // guestRules is what the packet filter has to know of the VM.
 func (l *life) guestRules() network.Guest {
 	p := l.port()
-	return network.Guest{
-		VM: l.name, TAP: p.TAP, MAC: p.MAC, Address: l.address, Egress: l.vm.Egress.Mode,
+	return governed(network.Guest{
+		VM: l.name, TAP: p.TAP, MAC: p.MAC, Address: l.address,
 		Resolver: l.sockets.resolverPort, LogGroup: l.sockets.logGroup, NoGateway: l.vm.NoGateway,
-	}
+	}, l.policySpec(l.vm))
 }
 
 // applyRules puts the VM's packet filter rules in place before anything can send
@@ -269,6 +270,8 @@ func (l *life) applyRules(ctx context.Context) error {
 	if err := l.rules.Ensure(g); err != nil {
 		return err
 	}
+	l.pins = newPins(policy.New(l.policySpec(l.vm)), l.rules.Pinner(l.name))
+	l.undo.push("the pinned addresses", l.pins.close)
 	// Only now: the rules are what makes the kernel load connection tracking.
 	changed, err := egress.EnableAccounting()
 	if err != nil {
@@ -283,6 +286,10 @@ func (l *life) applyRules(ctx context.Context) error {
 		watching <- l.rules.Watch(watch, func() {
 			if err := l.rules.Ensure(*l.ruled.Load()); err != nil {
 				l.logf("someone removed the packet filter rules, and they cannot be put back: %v", err)
+				return
+			}
+			if err := l.pins.restore(); err != nil {
+				l.logf("someone removed the packet filter rules: they are back, but for what the VM had looked up: %v", err)
 				return
 			}
 			l.logf("someone removed the packet filter rules: they are back")
@@ -320,7 +327,7 @@ func (l *life) startGate(context.Context) error {
 	l.undo.push("the agent's channel", channel.Close)
 
 	c := gate.Config{
-		VM: l.name, Address: l.address, Naming: naming(l.vm),
+		VM: l.name, Address: l.address, Naming: l.naming(l.vm),
 		Resolver:     netip.AddrPortFrom(l.hostConfig.Address.Addr(), l.sockets.resolverPort),
 		AgentListens: channel.Listening, InstructionClock: l.machine.InstructionClock, Logs: l.layout.relative(l.paths.GateLogs()),
 	}
@@ -329,14 +336,20 @@ func (l *life) startGate(context.Context) error {
 		c.Ports = append(c.Ports, forward(p))
 		l.reachable[p.GuestPort] = true
 	}
-	files := append(l.sockets.files, namedFile{gate.FileAgent, channel.Host})
+	pins, end, err := gate.Pair()
+	if err != nil {
+		return err
+	}
+	l.undo.push("the gate's connection for addresses", func() error { return errors.Join(pins.Close(), closeFile(end)) })
+	files := append(l.sockets.files, namedFile{gate.FileAgent, channel.Host}, namedFile{gate.FilePins, end})
 	if l.gate, err = l.startGateProcess(c, files); err != nil {
 		return err
 	}
+	go l.servePins(pins)
 	// Before the gate goes: it logs the ends of the connections that are cut. And
 	// whoever gets the address next must not get their answers.
 	l.undo.push("the guest's connections", func() error {
-		_, err := egress.CutFlows(l.address)
+		_, err := egress.CutFlows(l.address, nil)
 		return err
 	})
 	var errs []error
@@ -348,8 +361,8 @@ func (l *life) startGate(context.Context) error {
 }
 
 // naming is how the VM's names are resolved.
-func naming(vm *config.VM) gate.Naming {
-	n := gate.Naming{RefuseNames: vm.Egress.Mode == config.EgressNone}
+func (l *life) naming(vm *config.VM) gate.Naming {
+	n := gate.Naming{Policy: l.policySpec(vm)}
 	for _, a := range vm.Nameservers {
 		n.Upstreams = append(n.Upstreams, netip.AddrPortFrom(a, dnsPort))
 	}

@@ -111,27 +111,20 @@ func (l *life) adopt(vm *config.VM) (err error) {
 		}
 		next.Secrets = vm.Secrets
 	}
-	if l.vm.Egress != vm.Egress {
-		was := l.ruled.Load()
-		is := *was
-		is.Egress = vm.Egress.Mode
-		undo.push("the new packet filter rules", func() error {
-			l.ruled.Store(was)
-			return l.rules.Ensure(*was)
-		})
-		l.ruled.Store(&is)
-		if err := l.rules.Ensure(is); err != nil {
+	governs := !l.vm.Egress.Equal(vm.Egress)
+	if governs {
+		if err := l.govern(vm, &undo); err != nil {
 			return err
-		}
-		if is.Egress == config.EgressNone {
-			// What was allowed when it began is not any more.
-			if _, err := egress.CutFlows(l.address); err != nil {
-				return err
-			}
 		}
 	}
 	if err := l.tellGate(&next, ports); err != nil {
 		return fmt.Errorf("cannot tell the gate: %w", err)
+	}
+	if governs {
+		// What was allowed when it began, and is not any more.
+		if _, err := egress.CutFlows(l.address, l.pins.keeps(l.hostConfig.Address.Addr())); err != nil {
+			return err
+		}
 	}
 	l.vm = &next
 	if l.first != nil {
@@ -153,9 +146,15 @@ func (l *life) tellGate(next *config.VM, ports *portPlan) error {
 		to := forward(p)
 		messages = append(messages, gate.Message{Kind: gate.Publish, Port: &to})
 	}
-	if !slices.Equal(l.vm.Nameservers, next.Nameservers) || l.vm.Egress != next.Egress {
-		how := naming(next)
-		messages = append(messages, gate.Message{Kind: gate.Resolve, Naming: &how})
+	if !slices.Equal(l.vm.Nameservers, next.Nameservers) || !l.vm.Egress.Equal(next.Egress) {
+		how, err := memoryFile("naming", l.naming(next))
+		if err != nil {
+			return err
+		}
+		defer how.Close()
+		if err := l.gate.conn.SendFile(gate.Message{Kind: gate.Resolve}, how); err != nil {
+			return err
+		}
 	}
 	for _, m := range messages {
 		if err := l.gate.conn.Send(m); err != nil {

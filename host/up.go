@@ -68,6 +68,7 @@ type life struct {
 	clockSet chan struct{} // the gate's answers to resumes
 
 	ruled     atomic.Pointer[network.Guest] // what the packet filter knows of the VM
+	pins      *pins                         // and what it let the VM reach for a time
 	reachable map[uint16]bool               // ports of the guest that the gate may connect to
 
 	unwatch func() error // ends the watch of the secrets' sources

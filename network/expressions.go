@@ -281,6 +281,12 @@ func serviceIn(set string) part {
 		&expr.Lookup{SourceRegister: regWord, SetName: set})}
 }
 
+func destinationIn(set string) part {
+	return part{"ip daddr . meta l4proto . th dport @" + set, append(ipv4(), load(expr.PayloadBaseNetworkHeader, ipDest, 4, regWord),
+		loadMeta(expr.MetaKeyL4PROTO, regWord+1), load(expr.PayloadBaseTransportHeader, portDest, 2, regWord+2),
+		&expr.Lookup{SourceRegister: regWord, SetName: set})}
+}
+
 // The type in the Ethernet header is compared as it was sent: a frame with a
 // VLAN tag has the tag's there, even where the kernel has taken the tag off.
 func ether(proto uint16) part {
@@ -317,6 +323,7 @@ func pinnedARP(set string) part {
 var (
 	typeService      = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetService)
 	typeGuestService = nftables.MustConcatSetType(nftables.TypeIPAddr, nftables.TypeInetProto, nftables.TypeInetService)
+	typeDestination  = typeGuestService
 	typePin          = nftables.MustConcatSetType(nftables.TypeIFName, nftables.TypeEtherAddr, nftables.TypeIPAddr)
 )
 

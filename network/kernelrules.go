@@ -186,15 +186,17 @@ func (r *rulesReader) elements(t table, set string) (all map[string]element, mis
 func parseElement(data []byte) (element, error) {
 	var e element
 	err := attributes(data, func(d *netlink.AttributeDecoder) {
-		if d.Type() != unix.NFTA_SET_ELEM_KEY && d.Type() != unix.NFTA_SET_ELEM_DATA {
+		kind := d.Type()
+		if kind != unix.NFTA_SET_ELEM_KEY && kind != nftables.NFTA_SET_ELEM_KEY_END && kind != unix.NFTA_SET_ELEM_DATA {
 			return
 		}
-		isKey := d.Type() == unix.NFTA_SET_ELEM_KEY
 		d.Nested(func(v *netlink.AttributeDecoder) error {
 			for v.Next() {
 				switch {
-				case v.Type() == unix.NFTA_DATA_VALUE && isKey:
+				case v.Type() == unix.NFTA_DATA_VALUE && kind == unix.NFTA_SET_ELEM_KEY:
 					e.key = v.Bytes()
+				case v.Type() == unix.NFTA_DATA_VALUE && kind == nftables.NFTA_SET_ELEM_KEY_END:
+					e.end = v.Bytes()
 				case v.Type() == unix.NFTA_DATA_VALUE:
 					e.value = v.Bytes()
 				case v.Type() == unix.NFTA_DATA_VERDICT:

@@ -10,6 +10,7 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
 	"github.com/google/nftables/expr"
+	"github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -29,6 +30,7 @@ type plan struct {
 	delElements []elementIn
 	addElements []elementIn
 	delChains   []chainIn
+	delSets     []setIn
 }
 
 type setIn struct {
@@ -49,7 +51,7 @@ type elementIn struct {
 
 func (p *plan) empty() bool {
 	return len(p.oldTables)+len(p.tables)+len(p.sets)+len(p.chains)+len(p.flush)+len(p.rules)+
-		len(p.delElements)+len(p.addElements)+len(p.delChains) == 0
+		len(p.delElements)+len(p.addElements)+len(p.delChains)+len(p.delSets) == 0
 }
 
 // versions reads which tables the owner has. It refuses newer ones and returns the older.
@@ -103,7 +105,37 @@ func ensureRules(r *rulesReader, b Bridge, g *Guest) (*plan, error) {
 				state.isOf(shared, g.VM, g.TAP, g.Address))
 		}
 	}
-	return p, nil
+	return p, p.ensureOwnSets(r, parts[0], g.VM, have[parts[0].family])
+}
+
+// ensureOwnSets plans the sets of a VM's own table part, and takes away those that
+// it had and doesn't want. What vanishes by itself isn't looked at.
+func (p *plan) ensureOwnSets(r *rulesReader, t table, vm string, there bool) error {
+	for _, name := range []string{pinsOf(vm), allowedOf(vm)} {
+		i := slices.IndexFunc(t.own, func(s set) bool { return s.name == name })
+		missing := true
+		var now map[string]element
+		if there {
+			var err error
+			if now, missing, err = r.elements(t, name); err != nil {
+				return err
+			}
+		}
+		if i < 0 {
+			if !missing {
+				p.delSets = append(p.delSets, setIn{t, set{name: name}})
+			}
+			continue
+		}
+		s := t.own[i]
+		if missing {
+			p.sets = append(p.sets, setIn{t, s})
+		}
+		if !s.timeout {
+			p.replaceElements(t, s, now, s.elements, func(string, element) bool { return true })
+		}
+	}
+	return nil
 }
 
 // ensureChains plans the chains that aren't as described.
@@ -216,16 +248,20 @@ func (p *plan) replaceElements(t table, s set, now map[string]element, want []el
 			p.addElements = append(p.addElements, elementIn{t, s, w})
 		}
 	}
+	wanted := make(map[string]element, len(want))
+	for _, w := range want {
+		wanted[string(w.key)] = w
+	}
 	for _, e := range now {
-		kept := slices.ContainsFunc(want, func(w element) bool { return sameElement(e, w) })
-		if !kept && isOurs(s.name, e) {
+		w, kept := wanted[string(e.key)]
+		if !(kept && sameElement(e, w)) && isOurs(s.name, e) {
 			p.delElements = append(p.delElements, elementIn{t, s, e})
 		}
 	}
 }
 
 func sameElement(x, y element) bool {
-	return bytes.Equal(x.key, y.key) && bytes.Equal(x.value, y.value) && x.chain == y.chain
+	return bytes.Equal(x.key, y.key) && bytes.Equal(x.end, y.end) && bytes.Equal(x.value, y.value) && x.chain == y.chain
 }
 
 // removeRules plans to take a VM's part away. An address that another VM has by
@@ -264,7 +300,7 @@ func removeRules(r *rulesReader, b Bridge, vm string, a netip.Addr) (*plan, erro
 			p.flush, p.delChains = append(p.flush, c), append(p.delChains, c)
 		}
 	}
-	return p, nil
+	return p, p.ensureOwnSets(r, shared[0], vm, true)
 }
 
 // commit sends the plan to the kernel.
@@ -273,7 +309,7 @@ func (p *plan) commit() error {
 		return nil
 	}
 	// A Conn keeps its first error for good, so each transaction has its own.
-	c, err := nftables.New()
+	c, err := nftables.New(nftables.WithSockOptions(largeBatches))
 	if err != nil {
 		return err
 	}
@@ -306,30 +342,62 @@ func (p *plan) commit() error {
 			c.AddRule(&nftables.Rule{Table: ch.table.nft(), Chain: ch.nft(), Exprs: r.exprs, UserData: data})
 		}
 	}
-	for _, e := range p.delElements {
-		if err := c.SetDeleteElements(setIn{e.table, e.set}.nft(), []nftables.SetElement{{Key: e.element.key}}); err != nil {
+	for _, some := range batches(p.delElements) {
+		var keys []nftables.SetElement
+		for _, e := range some {
+			keys = append(keys, nftables.SetElement{Key: e.element.key, KeyEnd: e.element.end})
+		}
+		if err := c.SetDeleteElements(setIn{some[0].table, some[0].set}.nft(), keys); err != nil {
 			return err
 		}
 	}
-	for _, e := range p.addElements {
-		if err := c.SetAddElements(setIn{e.table, e.set}.nft(), []nftables.SetElement{e.element.nft()}); err != nil {
+	for _, some := range batches(p.addElements) {
+		var elements []nftables.SetElement
+		for _, e := range some {
+			elements = append(elements, e.element.nft())
+		}
+		if err := c.SetAddElements(setIn{some[0].table, some[0].set}.nft(), elements); err != nil {
 			return err
 		}
 	}
 	for _, ch := range p.delChains {
 		c.DelChain(ch.nft())
 	}
+	for _, s := range p.delSets {
+		c.DelSet(s.nft())
+	}
 	return c.Flush()
 }
+
+// elementsAtOnce is how many elements one message holds: their length in it is a
+// number of 16 bits, and more are lost without an error.
+const elementsAtOnce = 500
+
+// batches are the elements in pieces of one set each, small enough for a message.
+func batches(all []elementIn) [][]elementIn {
+	var out [][]elementIn
+	for len(all) > 0 {
+		n := 1
+		for n < len(all) && n < elementsAtOnce && all[n].table.family == all[0].table.family && all[n].set.name == all[0].set.name {
+			n++
+		}
+		out, all = append(out, all[:n]), all[n:]
+	}
+	return out
+}
+
+// batchBuffer holds a transaction as a whole, which is one message to the kernel:
+// 10,000 elements have 1.5 MB.
+const batchBuffer = 16 << 20
+
+func largeBatches(c *netlink.Conn) error { return c.SetWriteBuffer(batchBuffer) }
 
 func (t table) nft() *nftables.Table { return &nftables.Table{Family: t.family, Name: t.name} }
 
 func (s setIn) nft() *nftables.Set {
 	n := &nftables.Set{Table: s.table.nft(), Name: s.set.name, IsMap: s.set.isMap, KeyType: s.set.key, DataType: s.set.data,
-		KeyByteOrder: binaryutil.BigEndian}
-	if n.Dynamic = s.set.dynamic; n.Dynamic {
-		n.Size = dynamicSize
-	}
+		KeyByteOrder: binaryutil.BigEndian, Size: s.set.size, HasTimeout: s.set.timeout, Dynamic: s.set.dynamic,
+		Interval: s.set.interval, Concatenation: s.set.interval}
 	if s.set.byLink {
 		n.KeyByteOrder = binaryutil.NativeEndian // or the nft program shows the names as ""
 	}
@@ -346,7 +414,7 @@ func (c chainIn) nft() *nftables.Chain {
 }
 
 func (e element) nft() nftables.SetElement {
-	n := nftables.SetElement{Key: e.key, Val: e.value}
+	n := nftables.SetElement{Key: e.key, KeyEnd: e.end, Val: e.value}
 	if e.chain != "" {
 		n.VerdictData = &expr.Verdict{Kind: expr.VerdictGoto, Chain: e.chain}
 	}

@@ -16,7 +16,7 @@ var families = map[nftables.TableFamily]string{
 func (t table) String() string {
 	var w strings.Builder
 	fmt.Fprintf(&w, "table %s %s {\n", families[t.family], t.name)
-	for _, s := range t.sets {
+	for _, s := range append(append([]set(nil), t.sets...), t.own...) {
 		kind, typ := "set", s.key.Name
 		if s.isMap {
 			kind, typ = "map", s.key.Name+" : "+s.data.Name
@@ -25,8 +25,16 @@ func (t table) String() string {
 		if typ != "" {
 			fmt.Fprintf(&w, "\t\ttype %s\n", typ)
 		}
-		if s.dynamic {
-			fmt.Fprintf(&w, "\t\tsize %d\n\t\tflags dynamic\n", dynamicSize)
+		if s.size > 0 {
+			fmt.Fprintf(&w, "\t\tsize %d\n", s.size)
+		}
+		for _, f := range []struct {
+			set  bool
+			name string
+		}{{s.interval, "interval"}, {s.timeout, "timeout"}, {s.dynamic, "dynamic"}} {
+			if f.set {
+				w.WriteString("\t\tflags " + f.name + "\n")
+			}
 		}
 		if len(s.elements) > 0 {
 			texts := make([]string, len(s.elements))
@@ -64,11 +72,13 @@ func merged(shared []table, parts ...[]table) []table {
 	for i, t := range shared {
 		whole[i] = t
 		whole[i].sets = append([]set(nil), t.sets...)
+		whole[i].own = append([]set(nil), t.own...)
 		whole[i].chains = append([]chain(nil), t.chains...)
 		for _, p := range parts {
 			for j, s := range p[i].sets {
 				whole[i].sets[j].elements = append(whole[i].sets[j].elements, s.elements...)
 			}
+			whole[i].own = append(whole[i].own, p[i].own...)
 			whole[i].chains = append(whole[i].chains, p[i].chains...)
 		}
 	}

@@ -61,7 +61,7 @@ func TestRulesAreAsDescribed(t *testing.T) {
 		return
 	}
 	r := testRules(t, testBridge)
-	guests := []Guest{openGuest, noneGuest, cutGuest}
+	guests := []Guest{openGuest, noneGuest, cutGuest, listGuest}
 	for _, g := range guests {
 		if get(r.Present(g))(t) {
 			t.Errorf("%s is there before it was made", g.VM)
@@ -76,7 +76,7 @@ func TestRulesAreAsDescribed(t *testing.T) {
 	if words(listed) != words(want) {
 		t.Errorf("nft lists\n%s\nnot\n%s\n%s", listed, want, firstDifference(words(listed), words(want)))
 	}
-	if all := get(r.List())(t); len(all) != 3 || all["cut"] != cutGuest.Address {
+	if all := get(r.List())(t); len(all) != 4 || all["cut"] != cutGuest.Address {
 		t.Error(all)
 	}
 	before := generation(t)

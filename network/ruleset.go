@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
+
+	"github.com/clawvm/clawvm/network/egress/policy"
 )
 
 // layout is the version of the tables below, a part of their names. Whoever
@@ -41,16 +43,21 @@ type Guest struct {
 	TAP       string           // "": TAPName(Address)
 	MAC       net.HardwareAddr // nil: MAC(Address)
 	Address   netip.Addr
-	Egress    string // "open": to anywhere but other VMs, the host and link-local; "none": nowhere
+	Egress    string // "open": to anywhere but other VMs, the host and special addresses; "allowlist": to Allowed and what is pinned; "none": nowhere
 	Resolver  uint16 // the gate's port on the bridge's address, UDP and TCP, that DNS is sent to; 0: none
 	LogGroup  uint16 // the NFLOG group that its connections are logged through
 	NoGateway bool   // nothing is forwarded, whatever Egress says
+	// AllowPrivate: private addresses are no special ones.
+	AllowPrivate bool
+	// Allowed is what "allowlist" lets through without a name, however many overlap.
+	Allowed []Destination
 }
 
 // What Guest.Egress can be.
 const (
-	EgressOpen = "open"
-	EgressNone = "none"
+	EgressOpen      = "open"
+	EgressAllowlist = "allowlist"
+	EgressNone      = "none"
 )
 
 // priorityBefore is how much earlier than the customary place our chains run, so
@@ -80,6 +87,8 @@ const ConnectionsMax = 4096
 var connectionsMax uint32 = ConnectionsMax // a test can't begin so many in a moment
 
 func chainOf(vm string) string      { return "vm_" + vm }
+func pinsOf(vm string) string       { return "pins_" + vm }
+func allowedOf(vm string) string    { return "allowed_" + vm }
 func refuseChain(vm string) string  { return "refuse_" + vm }
 func tableName(owner string) string { return fmt.Sprintf("clawvm_v%d_%s", layout, owner) }
 
@@ -90,6 +99,7 @@ type table struct {
 	family nftables.TableFamily
 	name   string
 	sets   []set
+	own    []set // a VM's own: they come and go with it
 	chains []chain
 }
 
@@ -98,8 +108,11 @@ type set struct {
 	key      nftables.SetDatatype
 	data     nftables.SetDatatype // of a map
 	isMap    bool
-	byLink   bool // the key begins with the name of a link, which is in the host's byte order
-	dynamic  bool // rules add its elements
+	byLink   bool   // the key begins with the name of a link, which is in the host's byte order
+	dynamic  bool   // rules add its elements
+	size     uint32 // how many elements there may be; 0: as many as come
+	timeout  bool   // elements vanish by themselves: those that are there are left alone
+	interval bool   // elements are ranges
 	elements []element
 }
 
@@ -110,6 +123,7 @@ const dynamicSize = 65535
 type element struct {
 	text  string
 	key   []byte
+	end   []byte // the last key, of a range
 	value []byte // of a map of values
 	chain string // of a map of verdicts: goto this
 }
@@ -143,7 +157,7 @@ func inetTable(b Bridge) table {
 			{name: mapResolvers, key: nftables.TypeIPAddr, data: typeService, isMap: true},
 			{name: setServices, key: typeGuestService},
 			// The last: VMs' parts (guestTables) have no elements of it to put there.
-			{name: setConnections, key: nftables.TypeIPAddr, dynamic: true},
+			{name: setConnections, key: nftables.TypeIPAddr, size: dynamicSize, dynamic: true},
 		},
 		chains: []chain{
 			// Before anyone's forwarding of the host's ports, Docker's among them: a
@@ -270,6 +284,12 @@ func guestTables(b Bridge, g Guest) []table {
 			{name: refuseChain(g.VM), rules: append([]rule{newRule("", logTo(LogRefused, g.LogGroup))}, refuse()...)},
 		},
 	}
+	if g.filters() {
+		inet.own = []set{
+			{name: pinsOf(g.VM), key: typeDestination, size: MaxPins, timeout: true},
+			{name: allowedOf(g.VM), key: typeDestination, interval: true, elements: allowedElements(g.Allowed)},
+		}
+	}
 	if g.Resolver != 0 {
 		inet.sets[2].elements = []element{resolverElement(g.Address, b.Address.Addr(), g.Resolver)}
 		inet.sets[3].elements = []element{
@@ -291,18 +311,32 @@ func guestTables(b Bridge, g Guest) []table {
 // What isn't new and isn't part of a connection that was accepted (untracked
 // packets) is refused: it would pass without being logged.
 func egress(g Guest) []rule {
+	refused := jump(refuseChain(g.VM))
 	switch {
 	case g.NoGateway:
-		return []rule{newRule("no gateway", jump(refuseChain(g.VM)))}
+		return []rule{newRule("no gateway", refused)}
 	case g.Egress == EgressNone:
-		return []rule{newRule("egress none", jump(refuseChain(g.VM)))}
+		return []rule{newRule("egress none", refused)}
 	}
-	return []rule{
-		newRule("", ctState("established,related"), markAccepted(), accept()),
-		newRule("egress open", ctState("new"), logTo(LogAllowed, g.LogGroup), markAccepted(), accept()),
-		newRule("", jump(refuseChain(g.VM))),
+	rules := []rule{newRule("", ctState("established,related"), markAccepted(), accept())}
+	if !g.AllowPrivate {
+		for _, p := range policy.Private() {
+			rules = append(rules, newRule("private", daddr(p), refused))
+		}
 	}
+	if g.Egress == EgressOpen {
+		return append(rules,
+			newRule("egress open", ctState("new"), logTo(LogAllowed, g.LogGroup), markAccepted(), accept()),
+			newRule("", refused))
+	}
+	return append(rules,
+		newRule("what the VM's resolver answered", ctState("new"), destinationIn(pinsOf(g.VM)), logTo(LogAllowed, g.LogGroup), markAccepted(), accept()),
+		newRule("allowed without a name", ctState("new"), destinationIn(allowedOf(g.VM)), logTo(LogAllowed, g.LogGroup), markAccepted(), accept()),
+		newRule("", refused))
 }
+
+// filters says whether the VM has sets of what it may reach.
+func (g Guest) filters() bool { return g.Egress == EgressAllowlist && !g.NoGateway }
 
 // filled returns the guest with what it leaves out, and checks it.
 func (g Guest) filled(b Bridge) (Guest, error) {
@@ -327,8 +361,13 @@ func (g Guest) filled(b Bridge) (Guest, error) {
 	if len(g.MAC) != 6 {
 		return g, fmt.Errorf("%v is not the MAC of a network card", g.MAC)
 	}
-	if g.Egress != EgressOpen && g.Egress != EgressNone {
-		return g, fmt.Errorf("egress %q is neither %q nor %q", g.Egress, EgressOpen, EgressNone)
+	if g.Egress != EgressOpen && g.Egress != EgressAllowlist && g.Egress != EgressNone {
+		return g, fmt.Errorf("egress %q is none of %q, %q and %q", g.Egress, EgressOpen, EgressAllowlist, EgressNone)
+	}
+	for _, d := range g.Allowed {
+		if err := d.check(); err != nil {
+			return g, err
+		}
 	}
 	return g, nil
 }

@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 var update = flag.Bool("update", false, "write the golden files anew")
@@ -27,12 +29,18 @@ func golden(t *testing.T, name, got string) {
 var (
 	openGuest = Guest{VM: "openclaw", Address: netip.MustParseAddr("192.168.83.10"), Egress: EgressOpen, Resolver: 5310, LogGroup: 10}
 	noneGuest = Guest{VM: "tight-one", Address: netip.MustParseAddr("192.168.83.11"), Egress: EgressNone, Resolver: 5311, LogGroup: 11}
-	cutGuest  = Guest{VM: "cut", TAP: "tap-cut", Address: netip.MustParseAddr("192.168.83.12"), Egress: EgressOpen, NoGateway: true, LogGroup: 12}
+	listGuest = Guest{VM: "listed", Address: netip.MustParseAddr("192.168.83.13"), Egress: EgressAllowlist, Resolver: 5313, LogGroup: 13, Allowed: []Destination{
+		{netip.MustParsePrefix("203.0.113.0/24"), unix.IPPROTO_TCP, 443}, {netip.MustParsePrefix("203.0.113.7/32"), unix.IPPROTO_UDP, 123},
+		{netip.MustParsePrefix("198.51.100.7/32"), unix.IPPROTO_TCP, 22},
+		// Within the first, and the same again: the kernel wouldn't take them.
+		{netip.MustParsePrefix("203.0.113.128/25"), unix.IPPROTO_TCP, 443}, {netip.MustParsePrefix("203.0.113.0/24"), unix.IPPROTO_TCP, 443},
+	}}
+	cutGuest = Guest{VM: "cut", TAP: "tap-cut", Address: netip.MustParseAddr("192.168.83.12"), Egress: EgressOpen, NoGateway: true, LogGroup: 12}
 )
 
 func TestDescribe(t *testing.T) {
 	golden(t, "empty.nft", get(Describe(testBridge))(t))
-	golden(t, "guests.nft", get(Describe(testBridge, openGuest, noneGuest, cutGuest))(t))
+	golden(t, "guests.nft", get(Describe(testBridge, openGuest, noneGuest, cutGuest, listGuest))(t))
 }
 
 func TestDescribeRefuses(t *testing.T) {
@@ -41,7 +49,14 @@ func TestDescribeRefuses(t *testing.T) {
 		make func(*Bridge, *Guest)
 		want string
 	}{
-		{"egress", func(_ *Bridge, g *Guest) { g.Egress = "" }, `egress "" is neither`},
+		{"egress", func(_ *Bridge, g *Guest) { g.Egress = "" }, `egress "" is none of`},
+		{"destination", func(_ *Bridge, g *Guest) {
+			g.Allowed = []Destination{{netip.MustParsePrefix("203.0.113.7/24"), 6, 443}}
+		}, "is no destination"},
+		{"protocol", func(_ *Bridge, g *Guest) {
+			g.Allowed = []Destination{{netip.MustParsePrefix("203.0.113.0/24"), 1, 443}}
+		}, "is no destination"},
+		{"IPv6 destination", func(_ *Bridge, g *Guest) { g.Allowed = []Destination{{netip.MustParsePrefix("2001:db8::/32"), 6, 443}} }, "is no destination"},
 		{"name", func(_ *Bridge, g *Guest) { g.VM = "a;drop" }, "is not the name of a VM"},
 		{"tap", func(_ *Bridge, g *Guest) { g.TAP = "much-too-long-name" }, "is not the name of a link"},
 		{"outside", func(_ *Bridge, g *Guest) { g.Address = netip.MustParseAddr("192.168.84.10") }, "is not one that VMs of 192.168.83.0/24 can hold"},

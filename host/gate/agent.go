@@ -280,7 +280,10 @@ func (g *gate) obey(ctx context.Context) error {
 		case Unpublish:
 			g.publisher.unpublish(m.Port.Host)
 		case Resolve:
-			g.naming.set(*m.Naming)
+			var how Naming
+			if how, err = readNaming(file); err == nil {
+				g.naming.set(how)
+			}
 		case Paused:
 			g.agent.pause(true)
 		case Resumed:

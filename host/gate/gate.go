@@ -25,6 +25,7 @@ import (
 	"syscall"
 
 	"github.com/clawvm/clawvm/network/egress"
+	"github.com/clawvm/clawvm/network/egress/policy"
 )
 
 // The descriptors that the supervisor hands over, before those that
@@ -59,8 +60,8 @@ type Config struct {
 type Naming struct {
 	// Upstreams are where they go.
 	Upstreams []netip.AddrPort `json:"upstreams,omitempty"`
-	// RefuseNames: the VM may reach nothing, so no name is answered.
-	RefuseNames bool `json:"refuseNames,omitempty"`
+	// Policy is what the VM may reach.
+	Policy policy.Spec `json:"policy"`
 }
 
 // Forward is one published port.
@@ -78,6 +79,7 @@ const (
 	FileDNSStream = "dns-tcp"   // listening on the bridge's address
 	FileFlows     = "flows"     // NFLOG
 	FileConntrack = "conntrack" // conntrack events
+	FilePins      = "pins"      // a SOCK_SEQPACKET pair's end, for Pin and its answers alone
 )
 
 // FilePort is the name of a published port's listening socket.
@@ -111,7 +113,7 @@ func run() error {
 	}
 	g := &gate{
 		Config: c, files: make(map[string]*os.File), publisher: newPublisher(c.Address),
-		naming: naming{Naming: c.Naming, changed: make(chan struct{}, 1)},
+		naming: newNaming(c.Naming),
 	}
 	for i, name := range c.Files {
 		g.files[name] = os.NewFile(uintptr(firstNamed+i), name)
@@ -133,7 +135,8 @@ type gate struct {
 	names      egress.Names // which name led to an address
 	agent      agentLink
 	publisher  *publisher
-	naming     naming // how names are resolved now
+	naming     *naming // how names are resolved now, and what may be reached
+	pins       *pinning
 }
 
 // part is one of the things that a gate does until it ends.
@@ -160,7 +163,12 @@ func (g *gate) serve() error {
 		{"the published ports", g.publishAll},
 	}
 	if g.files[FileDNSPacket] != nil {
-		parts = append(parts, part{"the resolver", g.resolver}, part{"the flow log", g.flows})
+		conn, err := Open(g.files[FilePins])
+		if err != nil {
+			return err
+		}
+		g.pins = newPinning(conn)
+		parts = append(parts, part{"the resolver", g.resolver}, part{"the flow log", g.flows}, part{"the pinned addresses", g.pins.run})
 	}
 	var wg sync.WaitGroup
 	errs := make(chan error, len(parts))

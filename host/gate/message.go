@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"syscall"
@@ -37,8 +38,17 @@ type Message struct {
 	Grace int64 `json:"grace,omitempty"`
 	// Port is Publish's and Unpublish's.
 	Port *Forward `json:"port,omitempty"`
-	// Naming is Resolve's.
-	Naming *Naming `json:"naming,omitempty"`
+	// Pin is Pin's and Pinned's.
+	Pin *PinRequest `json:"pin,omitempty"`
+}
+
+// PinRequest asks for addresses of a name to be reached for a time, or answers that
+// by its ID.
+type PinRequest struct {
+	ID        uint64       `json:"id"`
+	Name      string       `json:"name,omitempty"`
+	Addresses []netip.Addr `json:"addresses,omitempty"`
+	Seconds   int          `json:"seconds,omitempty"`
 }
 
 // Kind is what a message is about.
@@ -54,6 +64,7 @@ const (
 	Ending        Kind = "ending"         // the guest is about to end; Detail is one of the End constants
 	Lost          Kind = "lost"           // the agent's connection broke
 	Answers       Kind = "answers"        // the guest's agent did just now; while the VM is not paused, every AnswersEvery
+	Pin           Kind = "pin"            // by FilePins alone: let the VM reach addresses of a name
 	ClockSet      Kind = "clock-set"      // the answer to Resumed; Detail is why the clock could not be set
 )
 
@@ -64,9 +75,11 @@ const (
 	// without one, a published port leads elsewhere.
 	Publish   Kind = "publish"
 	Unpublish Kind = "unpublish" // end Port, and its connections
-	Resolve   Kind = "resolve"   // answer queries by Naming from now on
-	Paused    Kind = "paused"    // the VM stands still: nobody can be let in
-	Resumed   Kind = "resumed"   // it goes on: set its clock
+	// Resolve: answer queries, and explain refusals, by the Naming in the file that the message carries.
+	Resolve Kind = "resolve"
+	Pinned  Kind = "pinned"  // by FilePins alone: a Pin is done, or Detail is why not
+	Paused  Kind = "paused"  // the VM stands still: nobody can be let in
+	Resumed Kind = "resumed" // it goes on: set its clock
 )
 
 // Why a guest ends, as Ending's Detail.

@@ -38,6 +38,7 @@ import (
 var (
 	Uplink   = netip.MustParsePrefix("203.0.113.2/24") // the host's
 	Internet = netip.MustParsePrefix("203.0.113.1/24")
+	Another  = netip.MustParsePrefix("203.0.113.3/24") // of the internet, too
 )
 
 // webName is what the fake name server knows.
@@ -50,6 +51,46 @@ type World struct {
 
 	mu       sync.Mutex
 	requests []string // what the fake web server was asked: "SOURCE PATH"
+	records  []dns.RR // what the fake name server knows beside webName
+}
+
+// Know makes the fake name server know other records than its own, in a zone file's words.
+func (w *World) Know(t testing.TB, records ...string) {
+	t.Helper()
+	var all []dns.RR
+	for _, text := range records {
+		rr, err := dns.NewRR(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		all = append(all, rr)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.records = all
+}
+
+// known are the records of a name, and of those that it is another name of.
+func (w *World) known(name string) (found []dns.RR) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for range len(w.records) {
+		next := name
+		for _, rr := range w.records {
+			if rr.Header().Name != name {
+				continue
+			}
+			found = append(found, rr)
+			if c, ok := rr.(*dns.CNAME); ok {
+				next = c.Target
+			}
+		}
+		if next == name {
+			break
+		}
+		name = next
+	}
+	return found
 }
 
 var (
@@ -175,8 +216,10 @@ func AddAddress(name string, p netip.Prefix) error {
 
 // serveInternet runs on a thread of the internet's namespace.
 func (w *World) serveInternet() error {
-	if err := AddAddress("world", Internet); err != nil {
-		return err
+	for _, a := range []netip.Prefix{Internet, Another} {
+		if err := AddAddress("world", a); err != nil {
+			return err
+		}
 	}
 	at := netip.AddrPortFrom(Internet.Addr(), 53)
 	udp, err := net.ListenUDP("udp4", net.UDPAddrFromAddrPort(at))
@@ -187,7 +230,7 @@ func (w *World) serveInternet() error {
 	if err != nil {
 		return err
 	}
-	web, err := net.ListenTCP("tcp4", net.TCPAddrFromAddrPort(netip.AddrPortFrom(Internet.Addr(), 80)))
+	web, err := net.ListenTCP("tcp4", &net.TCPAddr{Port: 80})
 	if err != nil {
 		return err
 	}
@@ -199,7 +242,7 @@ func (w *World) serveInternet() error {
 				Hdr: dns.RR_Header{Name: webName, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 60},
 				A:   Internet.Addr().AsSlice(),
 			})
-		} else if q.Question[0].Name != webName {
+		} else if m.Answer = w.known(q.Question[0].Name); len(m.Answer) == 0 && q.Question[0].Name != webName {
 			m.Rcode = dns.RcodeNameError
 		}
 		if err := rw.WriteMsg(m); err != nil {

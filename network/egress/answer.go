@@ -40,6 +40,7 @@ type answer struct {
 	addrs    []netip.Addr
 	upstream string
 	reason   string
+	refused  *refusal // the guest gets this instead
 }
 
 // newAnswer takes over what belongs into an answer to q from a name server's message, whose question has been compared.

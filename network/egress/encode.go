@@ -21,6 +21,7 @@ func (e *Event) appendJSON(b []byte) []byte {
 	b = appendField(b, `,"destination":`, e.Destination)
 	b = appendField(b, `,"verdict":`, e.Verdict)
 	b = appendField(b, `,"reason":`, e.Reason)
+	b = appendField(b, `,"rule":`, e.Rule)
 	b = appendField(b, `,"rcode":`, e.RCode)
 	for i, a := range e.Answers {
 		if i == 0 {

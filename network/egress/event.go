@@ -34,6 +34,7 @@ type Event struct {
 	Destination string    `json:"destination,omitempty"` // address:port, or an address alone where there are no ports
 	Verdict     string    `json:"verdict,omitempty"`
 	Reason      string    `json:"reason,omitempty"` // why it was refused, failed or lost
+	Rule        string    `json:"rule,omitempty"`   // of egress.allow, that allowed it
 	RCode       string    `json:"rcode,omitempty"`
 	Answers     []string  `json:"answers,omitempty"`
 	Upstream    string    `json:"upstream,omitempty"` // the name server that answered

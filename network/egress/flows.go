@@ -39,6 +39,8 @@ type Flows struct {
 	Resolver netip.AddrPort // where the gate answers its DNS; those are logged as queries and not again here
 	Names    *Names         // where the resolver notes names; may be nil
 	Log      func(Event)    // called from two goroutines; must not block
+	// Why explains a refusal whose rule gives no reason; may be nil.
+	Why func(proto string, to netip.AddrPort) string
 
 	mu   sync.Mutex
 	open *simplelru.LRU[flow, string]
@@ -271,6 +273,9 @@ func (f *Flows) opened(prefix string, etherType uint16, payload []byte) (Event, 
 	}
 	e.Proto, e.Source, e.Destination, e.Type = protoName(c.proto), endpoint(c.source), endpoint(c.destination), detail
 	e.Name = f.Names.Lookup(c.destination.Addr())
+	if refused && e.Reason == "" && f.Why != nil {
+		e.Reason = f.Why(e.Proto, c.destination)
+	}
 	if !refused && e.Name != "" {
 		f.mu.Lock()
 		f.open.Add(c, e.Name)

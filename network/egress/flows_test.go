@@ -40,7 +40,7 @@ func TestConnectionIsLogged(t *testing.T) {
 	if out < 1000 || back < 50_000 {
 		t.Fatalf("the kernel counted %d and %d bytes", out, back)
 	}
-	if n, err := CutFlows(guestAddr); err != nil || n != 1 {
+	if n, err := CutFlows(guestAddr, nil); err != nil || n != 1 {
 		t.Fatalf("cut %d, %v", n, err)
 	}
 	stop() // what the cut has reported must still be logged
@@ -64,7 +64,7 @@ func TestWatchEndsWithWhatHasArrived(t *testing.T) {
 	w := newWorld(t)
 	flows, conntrack := openBoth(t)
 	w.talk(t, 1, 1)
-	if n, err := CutFlows(guestAddr); err != nil || n != 1 {
+	if n, err := CutFlows(guestAddr, nil); err != nil || n != 1 {
 		t.Fatalf("cut %d, %v", n, err)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -144,7 +144,7 @@ func TestQueriesAreNotLoggedAsConnections(t *testing.T) {
 		return nil
 	})
 	rec.wait(t, "the other packet", func(e Event) bool { return e.Kind == KindOpen && e.Proto == "udp" })
-	if _, err := CutFlows(guestAddr); err != nil {
+	if _, err := CutFlows(guestAddr, nil); err != nil {
 		t.Fatal(err)
 	}
 	stop()
@@ -168,7 +168,7 @@ func TestOtherAddressesAreFilteredInTheKernel(t *testing.T) {
 	}
 	defer own.Close()
 	w.talk(t, 1, 1)
-	if n, err := CutFlows(guestAddr); err != nil || n != 1 {
+	if n, err := CutFlows(guestAddr, nil); err != nil || n != 1 {
 		t.Fatalf("cut %d, %v", n, err)
 	}
 	buf := make([]byte, datagramSize)
@@ -350,7 +350,7 @@ func TestUnprivilegedProcessReadsInheritedSockets(t *testing.T) {
 	local := w.talk(t, 1000, 1000)
 	rec.wait(t, "the open event", func(e Event) bool { return e.Kind == KindOpen && e.Source == local.String() })
 	out, back := counted(t, local)
-	if _, err := CutFlows(guestAddr); err != nil {
+	if _, err := CutFlows(guestAddr, nil); err != nil {
 		t.Fatal(err)
 	}
 	if err := input.Close(); err != nil {

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/clawvm/clawvm/network/egress/policy"
 )
 
 func FuzzMessage(f *testing.F) {
@@ -20,7 +22,7 @@ func FuzzMessage(f *testing.F) {
 	f.Add([]byte{0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0xc0, 12, 0, 1, 0, 1}) // a name that points at itself
 	f.Add(append(binary.BigEndian.AppendUint16(nil, 7), 1, 0, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 41, 16, 0, 0, 0, 0, 0, 0xff, 0xff))
 	ns := newNameServer(f, nil)
-	r := serve(f, &Resolver{Policy: None{}, Log: func(Event) {}})
+	r := serve(f, &Resolver{Policy: policy.New(policy.Spec{Mode: policy.None}), Log: func(Event) {}})
 	open := newServer(&Resolver{Upstreams: []netip.AddrPort{ns.addr}}, time.Now)
 	f.Cleanup(open.forward.close)
 	f.Fuzz(func(t *testing.T, b []byte) {

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/clawvm/clawvm/network/egress/policy"
 )
 
 // A question is what is asked of name servers and kept in the cache.
@@ -38,13 +40,14 @@ type refusal struct {
 }
 
 var (
-	errBusy  = errors.New("too many queries wait already")
-	notIN    = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "only class IN is answered"}
-	anyQuery = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "queries for all types are not answered", ede: dns.ExtendedErrorCodeNotSupported}
-	transfer = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "not a type that can be looked up", ede: dns.ExtendedErrorCodeNotSupported}
-	stranger = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "not from the VM's address"}
-	noIPv6   = refusal{rcode: dns.RcodeSuccess, verdict: Allowed, reason: "the VM has no IPv6"}
-	badVers  = refusal{rcode: dns.RcodeBadVers, verdict: Refused, reason: "unknown EDNS version"}
+	errBusy       = errors.New("too many queries wait already")
+	notIN         = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "only class IN is answered"}
+	anyQuery      = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "queries for all types are not answered", ede: dns.ExtendedErrorCodeNotSupported}
+	transfer      = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "not a type that can be looked up", ede: dns.ExtendedErrorCodeNotSupported}
+	stranger      = refusal{rcode: dns.RcodeRefused, verdict: Refused, reason: "not from the VM's address"}
+	noIPv6        = refusal{rcode: dns.RcodeSuccess, verdict: Allowed, reason: "the VM has no IPv6"}
+	addressesOnly = refusal{rcode: dns.RcodeSuccess, verdict: Refused, reason: "only addresses (A) are looked up under an allowlist", ede: dns.ExtendedErrorCodeBlocked}
+	badVers       = refusal{rcode: dns.RcodeBadVers, verdict: Refused, reason: "unknown EDNS version"}
 
 	// Of these not even the question is known.
 	notQuery    = refusal{rcode: dns.RcodeNotImplemented, reason: "not a query"}
@@ -69,7 +72,10 @@ type exchange struct {
 func (s *server) begin(m *dns.Msg, from netip.Addr, udp bool, start time.Time) *exchange {
 	asked := m.Question[0]
 	x := &exchange{query: m, opt: m.IsEdns0(), udp: udp, start: start}
-	x.question = question{name: strings.ToLower(asked.Name), qtype: asked.Qtype, cd: m.CheckingDisabled, do: x.opt != nil && x.opt.Do()}
+	x.question = question{name: strings.ToLower(asked.Name), qtype: asked.Qtype}
+	if !s.strict() { // whose answers are made anew, and can't be proved any more
+		x.question.cd, x.question.do = m.CheckingDisabled, x.opt != nil && x.opt.Do()
+	}
 	x.event = Event{Name: strings.TrimSuffix(x.question.name, "."), Type: typeName(asked.Qtype), Proto: "tcp", Verdict: Allowed}
 	if udp {
 		x.event.Proto = "udp"
@@ -122,12 +128,18 @@ func (s *server) refuse(x *exchange, from netip.Addr) *refusal {
 	case asked.Qtype == dns.TypeNone || asked.Qtype == dns.TypeOPT || (asked.Qtype >= 128 && asked.Qtype <= 255):
 		return &transfer // 128–255 ask about more than a record: transfers, TSIG, TKEY (RFC 6895 3.1)
 	}
-	if ok, why := s.policy.Query(x.question.name, asked.Qtype); !ok {
+	v := s.policy.Name(x.question.name)
+	if !v.Allowed {
 		// NXDOMAIN and not REFUSED, because programs then fail at once; on REFUSED the C library says "try again".
-		return &refusal{rcode: dns.RcodeNameError, verdict: Refused, reason: why, ede: dns.ExtendedErrorCodeBlocked}
+		return &refusal{rcode: dns.RcodeNameError, verdict: Refused, reason: v.Reason, ede: dns.ExtendedErrorCodeBlocked}
 	}
-	if asked.Qtype == dns.TypeAAAA {
+	x.event.Rule = v.Rule
+	switch {
+	case asked.Qtype == dns.TypeAAAA:
 		return &noIPv6
+	case s.strict() && asked.Qtype != dns.TypeA:
+		// The name is there, so that it isn't NXDOMAIN: browsers and resolvers would take that for all types.
+		return &addressesOnly
 	}
 	return nil
 }
@@ -135,6 +147,10 @@ func (s *server) refuse(x *exchange, from netip.Addr) *refusal {
 // answered makes the exchange's answer from a name server's.
 func (s *server) answered(x *exchange, a *answer) {
 	x.event.RCode, x.event.Answers, x.event.Reason = rcodeName(a.rcode), a.texts, a.reason
+	if a.refused != nil {
+		s.refused(x, a.refused)
+		return
+	}
 	s.Names.remember(x.event.Name, a.addrs)
 	limit := dns.MaxMsgSize
 	if x.udp {
@@ -158,6 +174,9 @@ func (s *server) lookup(q question) (*answer, error) {
 			return a, nil
 		}
 		a, err := s.forward.ask(q)
+		if err == nil && s.strict() {
+			a, err = s.checked(q, a)
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -187,7 +206,7 @@ func (s *server) refused(x *exchange, r *refusal) {
 		if r.ede != 0 {
 			text := "clawvm: VM " + s.VM + ": " + r.reason
 			if r.verdict == Refused {
-				text = "clawvm: VM " + s.VM + " may not look up this name: " + r.reason
+				text = s.policy.Sentence(shownName(x.event.Name), policy.Verdict{Reason: r.reason})
 			}
 			opt.Option = append(opt.Option, &dns.EDNS0_EDE{InfoCode: r.ede, ExtraText: text})
 		}
@@ -200,6 +219,16 @@ func (s *server) refused(x *exchange, r *refusal) {
 		wire = rejection(h, dns.RcodeFormatError)
 	}
 	x.wire = wire
+}
+
+// maxShownName bounds a name in an extended error, which is to fit into a packet beside its question.
+const maxShownName = 100
+
+func shownName(name string) string {
+	if name == "" || len(name) > maxShownName {
+		return "this name"
+	}
+	return name
 }
 
 func typeName(t uint16) string { return dns.Type(t).String() }

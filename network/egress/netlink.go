@@ -89,19 +89,32 @@ func EnableAccounting() (changed bool, err error) {
 	return changed, nil
 }
 
-// CutFlows makes the kernel forget the connections that an IPv4 address began and returns how many there were. A process that
-// watches gets their ends, with bytes, at once; so it is what to do before a VM's gate ends, and when its
-// address goes to another. It needs CAP_NET_ADMIN.
-func CutFlows(a netip.Addr) (int, error) {
-	filter := new(vnetlink.ConntrackFilter)
-	if err := filter.AddIP(vnetlink.ConntrackOrigSrcIP, a.AsSlice()); err != nil {
-		return 0, fmt.Errorf("cannot end the connections of %s: %w", a, err)
-	}
-	n, err := vnetlink.ConntrackDeleteFilters(vnetlink.ConntrackTable, unix.AF_INET, filter)
+// CutFlows makes the kernel forget the connections that an IPv4 address began, but for those that keep wants, and returns how many
+// there were; nil keeps none. What has been forgotten is decided anew by the rules, at its next packet. A process that watches gets
+// the ends, with bytes, at once; so it is also what to do before a VM's gate ends, and when its address goes to another. It needs
+// CAP_NET_ADMIN.
+func CutFlows(a netip.Addr, keep func(proto string, to netip.AddrPort) bool) (int, error) {
+	n, err := vnetlink.ConntrackDeleteFilters(vnetlink.ConntrackTable, unix.AF_INET, flowsOf{a, keep})
 	if err != nil {
 		return int(n), fmt.Errorf("cannot end the connections of %s: %w", a, err)
 	}
 	return int(n), nil
+}
+
+// flowsOf are the connections that an address began, but for some.
+type flowsOf struct {
+	from netip.Addr
+	keep func(proto string, to netip.AddrPort) bool
+}
+
+// MatchConntrackFlow says whether a connection is one of them.
+func (f flowsOf) MatchConntrackFlow(c *vnetlink.ConntrackFlow) bool {
+	from, ok := netip.AddrFromSlice(c.Forward.SrcIP)
+	if !ok || from.Unmap() != f.from {
+		return false
+	}
+	to, ok := netip.AddrFromSlice(c.Forward.DstIP)
+	return !ok || f.keep == nil || !f.keep(protoName(c.Forward.Protocol), netip.AddrPortFrom(to.Unmap(), c.Forward.DstPort))
 }
 
 // openNetfilter opens a netfilter socket, filtered before it joins its groups.

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/net/netutil"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/singleflight"
+
+	"github.com/clawvm/clawvm/network/egress/policy"
 )
 
 // What one guest may have of its resolver.
@@ -36,9 +38,12 @@ type Resolver struct {
 	VM        string
 	Guest     netip.Addr       // who may ask; the zero Addr: whoever reaches the sockets
 	Upstreams []netip.AddrPort // in order of preference; one that fails is passed over until it answers again
-	Policy    Policy           // nil: Open
-	Names     *Names           // is told which names led to which addresses; may be nil
-	Log       func(Event)      // gets one event for each query; called from many goroutines; must not block
+	Policy    *policy.Policy   // nil: open
+	// Pin lets the VM reach the addresses of an allowed name for so long. It is called before they are answered, with a policy that is
+	// an allowlist; its error refuses the answer. It may be called by many at once, and may be nil.
+	Pin   func(name string, addrs []netip.Addr, keep time.Duration) error
+	Names *Names      // is told which names led to which addresses; may be nil
+	Log   func(Event) // gets one event for each query; called from many goroutines; must not block
 }
 
 // Serve answers on both sockets until ctx ends, then closes them and returns nil; or returns the error that ended it. It needs no
@@ -50,7 +55,7 @@ func (r *Resolver) Serve(ctx context.Context, udp net.PacketConn, tcp net.Listen
 // A server is a Resolver at work.
 type server struct {
 	*Resolver
-	policy  Policy
+	policy  *policy.Policy
 	now     func() time.Time // for what ages: cache and the health of name servers
 	cache   *cache
 	forward *forwarder
@@ -61,7 +66,7 @@ type server struct {
 func newServer(r *Resolver, now func() time.Time) *server {
 	s := &server{Resolver: r, policy: r.Policy, now: now, cache: newCache(cacheEntries, cacheBytes), forward: newForwarder(r.Upstreams, now)}
 	if s.policy == nil {
-		s.policy = Open{}
+		s.policy = policy.New(policy.Spec{VM: r.VM, Mode: policy.Open})
 	}
 	return s
 }

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/miekg/dns"
+
+	"github.com/clawvm/clawvm/network/egress/policy"
 )
 
 type running struct {
@@ -168,14 +170,14 @@ func TestRefusals(t *testing.T) {
 
 func TestPolicyNone(t *testing.T) {
 	ns := newNameServer(t, nil)
-	r := serve(t, &Resolver{Upstreams: []netip.AddrPort{ns.addr}, Policy: None{}})
+	r := serve(t, &Resolver{Upstreams: []netip.AddrPort{ns.addr}, Policy: policy.New(policy.Spec{VM: "claw", Mode: policy.None})})
 	m := new(dns.Msg).SetQuestion("example.com.", dns.TypeA)
 	m.SetEdns0(512, false)
 	reply, _ := r.exchange(t, "udp", m)
 	if reply.Rcode != dns.RcodeNameError || len(reply.Answer) != 0 {
 		t.Errorf("got %v", reply)
 	}
-	if e := ede(reply); e == nil || e.InfoCode != dns.ExtendedErrorCodeBlocked || e.ExtraText != "clawvm: VM claw may not look up this name: egress mode is none" {
+	if e := ede(reply); e == nil || e.InfoCode != dns.ExtendedErrorCodeBlocked || e.ExtraText != "clawvm: VM claw may not reach example.com (egress mode is none)" {
 		t.Errorf("extended error %v", e)
 	}
 	if reply := r.ask(t, "example.com.", dns.TypeA); reply.Rcode != dns.RcodeNameError || reply.IsEdns0() != nil {

@@ -67,7 +67,7 @@ table ip egress_test {
 		if out, err := exec.Command("nft", "delete", "table", "ip", "egress_test").CombinedOutput(); err != nil {
 			t.Errorf("%v: %s", err, out)
 		}
-		if _, err := CutFlows(guestAddr); err != nil {
+		if _, err := CutFlows(guestAddr, nil); err != nil {
 			t.Error(err)
 		}
 	})

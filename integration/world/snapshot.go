@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -49,6 +50,14 @@ func (w *World) Processes(t testing.TB, vm string) map[string][]int {
 	return found
 }
 
+// carrier is what ip(8) says of whether a link has one, which a bridge is told up to
+// a second after its last port has gone.
+var carrier = regexp.MustCompile(` (DOWN|UP|LOWERLAYERDOWN|UNKNOWN)\b|NO-CARRIER,|,LOWER_UP`)
+
+func withoutCarrier(line string) string {
+	return strings.Join(strings.Fields(carrier.ReplaceAllString(line, "")), " ")
+}
+
 // Snapshot is what the host has, by kind, in words that stay the same as long as
 // the things do.
 func (w *World) Snapshot(t testing.TB) map[string][]string {
@@ -72,6 +81,11 @@ func (w *World) Snapshot(t testing.TB) map[string][]string {
 	shot["rules"] = slices.DeleteFunc(shot["rules"], func(line string) bool {
 		return strings.Contains(line, " ct count over ") && !strings.Contains(line, " add @")
 	})
+	for _, kind := range []string{"links", "addresses"} {
+		for i, line := range shot[kind] {
+			shot[kind][i] = withoutCarrier(line)
+		}
+	}
 	mounts, err := os.ReadFile("/proc/self/mounts")
 	if err != nil {
 		t.Fatal(err)

@@ -272,7 +272,7 @@ func ownerOf(dir string) (uid, gid int, err error) {
 
 // startVMM starts the VMM, and with it the guest.
 func (l *life) startVMM(ctx context.Context) error {
-	log, err := l.logFile(l.paths.VMMLog())
+	log, err := openLog(l.paths.VMMLog())
 	if err != nil {
 		return err
 	}

@@ -245,8 +245,13 @@ type Client struct {
 	http *http.Client
 }
 
-// ErrNotRunning is the error of a VM that has no supervisor.
-var ErrNotRunning = errors.New("the VM is not running")
+var (
+	// ErrNotRunning is the error of a VM that has no supervisor.
+	ErrNotRunning = errors.New("the VM is not running")
+	// ErrEnded is that of a VM whose supervisor ended while it was asked: it may
+	// have done what it was asked for.
+	ErrEnded = errors.New("its supervisor ended before it answered")
+)
 
 // Dial returns a client for the supervisor of the VM name. No connection is kept;
 // there is nothing to close.
@@ -399,8 +404,15 @@ func (c *Client) do(ctx context.Context, method, what string, body []byte) (*htt
 		return nil, err
 	}
 	resp, err := c.http.Do(req)
+	if method == http.MethodGet && hungUp(err) {
+		// It changes nothing: who is there now answers, or nobody.
+		resp, err = c.http.Do(req)
+	}
 	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
 		return nil, coded(ExitNotRunning, fmt.Errorf("VM %s: %w", c.name, ErrNotRunning))
+	}
+	if hungUp(err) {
+		return nil, coded(ExitNotRunning, fmt.Errorf("VM %s: %w", c.name, ErrEnded))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("cannot ask the supervisor of VM %s: %w", c.name, err)
@@ -416,4 +428,10 @@ func (c *Client) do(ctx context.Context, method, what string, body []byte) (*htt
 		return nil, errors.Join(refusal, err, resp.Body.Close())
 	}
 	return resp, nil
+}
+
+// hungUp says whether err is that of a supervisor which took the connection, and
+// ended before it answered.
+func hungUp(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
 }

@@ -193,6 +193,7 @@ func (l *life) heed(m gate.Message) {
 	case gate.Checked:
 		l.heedHealth(m)
 	case gate.Connected:
+		l.met = true
 	default:
 		l.guestf("the gate said what is not understood: %q", m.Kind)
 	}
@@ -286,6 +287,9 @@ func (l *life) shutDown(grace time.Duration) error {
 	}
 	if l.paused && !l.wakeToEnd(grace) {
 		return nil
+	}
+	if !l.met {
+		grace = 0 // nobody is there who could be asked: the power button is all that a guest which boots may heed
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), grace+powerButtonWait+vmmStopWait)
 	defer cancel()

@@ -10,7 +10,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // The exit codes of clawvm. Those of exec are the program's own, as docker's are.

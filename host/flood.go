@@ -1,6 +1,7 @@
 package host
 
 import (
+	"fmt"
 	"io"
 	"os"
 	"sync"
@@ -100,19 +101,21 @@ func (b *boundedLog) Write(p []byte) (int, error) {
 }
 
 // rotate puts f, which the standard streams are, aside when it is the log and has
-// grown too long.
+// grown too long; and begins the log anew when it was removed.
 func (b *boundedLog) rotate(f *os.File) error {
 	have, err := f.Stat()
-	if err != nil || !have.Mode().IsRegular() || have.Size() <= hostLogMax {
+	if err != nil || !have.Mode().IsRegular() {
 		return nil
 	}
-	if at, err := os.Lstat(b.path); err != nil || !os.SameFile(at, have) {
-		return nil // not ours to rename
+	if !b.removed(f) {
+		if have.Size() <= hostLogMax {
+			return nil
+		}
+		if at, err := os.Lstat(b.path); err != nil || !os.SameFile(at, have) {
+			return nil // not ours to rename
+		}
 	}
-	if err := putAside(b.path); err != nil {
-		return err
-	}
-	fresh, err := os.OpenFile(b.path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
+	fresh, err := openLog(b.path)
 	if err != nil {
 		return err
 	}
@@ -120,4 +123,11 @@ func (b *boundedLog) rotate(f *os.File) error {
 	// Under the descriptor's number, so that what writes to it by number (a panic of
 	// the runtime's) is in the new file as well.
 	return unix.Dup3(int(fresh.Fd()), int(f.Fd()), unix.O_CLOEXEC)
+}
+
+// removed says whether f is the log without its name: an rm of the VM took it away
+// while this start waited for the lock.
+func (b *boundedLog) removed(f *os.File) bool {
+	name, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	return err == nil && name == b.path+" (deleted)"
 }

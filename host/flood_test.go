@@ -100,3 +100,28 @@ func TestSupervisorsLogIsBounded(t *testing.T) {
 		t.Errorf("%v, %v", again, err)
 	}
 }
+
+// TestSupervisorsLogIsMadeAnew removes the log while it is written, as an rm does
+// for which a start had to wait.
+func TestSupervisorsLogIsMadeAnew(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "vm", "supervisor.log")
+	f, err := openLog(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	w := &boundedLog{out: f, path: path}
+	for _, line := range []string{"before\n", "after\n", "more\n"} {
+		if _, err := w.Write([]byte(line)); err != nil {
+			t.Fatal(err)
+		}
+		if line == "before\n" {
+			if err := os.RemoveAll(filepath.Dir(path)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if text, err := os.ReadFile(path); err != nil || string(text) != "after\nmore\n" {
+		t.Errorf("the log holds %q, %v", text, err)
+	}
+}

@@ -54,7 +54,7 @@ func (l *life) startGateProcess(c gate.Config, files []namedFile) (*gateProcess,
 		return nil, err
 	}
 	defer config.Close()
-	log, err := l.logFile(l.paths.Log + "/gate.log")
+	log, err := openLog(l.paths.Log + "/gate.log")
 	if err != nil {
 		return nil, err
 	}

@@ -13,9 +13,11 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/clawvm/clawvm/config"
-	"github.com/clawvm/clawvm/durable"
 	"github.com/clawvm/clawvm/guest/kernel"
+	"github.com/clawvm/clawvm/internal/durable"
 	"github.com/clawvm/clawvm/network"
 	"github.com/clawvm/clawvm/storage"
 )
@@ -57,25 +59,22 @@ func Collect(ctx context.Context, l Layout, sweep Sweep) (swept Swept, err error
 	if err != nil {
 		return swept, coded(ExitDeclaration, err)
 	}
-	c := &collector{
-		layout: l, sweep: sweep,
-		bridge: network.Bridge{Name: hostConfig.Bridge, Address: hostConfig.Address, Owner: l.ID},
-		leases: network.Leases{Dir: l.Leases(), Subnet: hostConfig.Address},
-		swept:  Swept{Removed: []string{}, Kept: []string{}},
-	}
-	c.rules = network.Rules{Bridge: c.bridge, Lock: l.RulesLock()}
+	c := newCollector(l, hostConfig, sweep)
 	defer func() { err = errors.Join(err, c.locks.unwind()) }()
-	for _, name := range c.names() {
-		c.collectVM(name)
-		if !sweep.All {
-			// A VM that is started meanwhile is no hindrance but to the bridge's end.
-			c.failed(c.locks.unwind())
-		}
-	}
-	c.collectShared(ctx)
+	c.collectLeftovers()
+	c.collectKernels(ctx)
 	if sweep.All && c.running == 0 && len(c.errs) == 0 {
 		c.take(leftover{"bridge " + c.bridge.Name + " and the packet filter tables", func() error { return network.RemoveBridge(c.bridge) }})
 	}
+	return c.swept, errors.Join(c.errs...)
+}
+
+// Leftovers says what VMs that were killed left behind: what a dry run of Collect
+// finds, but for kernels that were not used for long, which hinder nobody. It
+// changes nothing.
+func Leftovers(l Layout, h *config.Host) (Swept, error) {
+	c := newCollector(l, h, Sweep{DryRun: true})
+	c.collectLeftovers()
 	return c.swept, errors.Join(c.errs...)
 }
 
@@ -96,6 +95,33 @@ type collector struct {
 
 	swept Swept
 	errs  []error
+}
+
+func newCollector(l Layout, h *config.Host, sweep Sweep) *collector {
+	bridge := network.Bridge{Name: h.Bridge, Address: h.Address, Owner: l.ID}
+	return &collector{
+		layout: l, sweep: sweep, bridge: bridge,
+		rules:  network.Rules{Bridge: bridge, Lock: l.RulesLock()},
+		leases: network.Leases{Dir: l.Leases(), Subnet: h.Address},
+		swept:  Swept{Removed: []string{}, Kept: []string{}},
+	}
+}
+
+// collectLeftovers collects what dead VMs left, and what belongs to no VM.
+func (c *collector) collectLeftovers() {
+	for _, name := range c.names() {
+		c.collectVM(name)
+		if !c.sweep.All {
+			// A VM that is started meanwhile is no hindrance but to the bridge's end.
+			c.failed(c.locks.unwind())
+		}
+	}
+	store := storage.Store{Dir: c.layout.Store()}
+	halves, err := store.Abandoned()
+	c.failed(err)
+	for _, path := range halves {
+		c.take(leftover{path, func() error { return store.RemoveAbandoned() }})
+	}
 }
 
 // names are the VMs that something is there of; each kind of thing is looked for
@@ -127,6 +153,12 @@ func (c *collector) names() []string {
 	c.failed(err)
 	c.grouped = grouped
 	names = append(names, grouped...)
+	if c.sweep.All {
+		// One that is started for the first time needs the bridge, too.
+		declared, err := c.layout.Declared()
+		c.failed(err)
+		names = append(names, declared...)
+	}
 	states, err := os.ReadDir(c.layout.StateRoot())
 	if !errors.Is(err, fs.ErrNotExist) {
 		c.failed(err)
@@ -176,8 +208,8 @@ func (c *collector) collectVM(name string) {
 		return
 	}
 	if errors.Is(runErr, fs.ErrNotExist) && !c.sweep.DryRun {
-		// Made only to be locked. The file goes while it is held, as rm does it.
-		c.locks.push("the lock of VM "+name, func() error { return os.RemoveAll(paths.Run) })
+		// Made only to be locked.
+		c.locks.push("the lock of VM "+name, func() error { return removeRunDir(paths) })
 	}
 	mark := c.layout.Mark(name)
 	pids, err := markedProcesses(mark)
@@ -245,20 +277,17 @@ func (c *collector) collectUndeclared(name string) {
 	c.swept.Kept = append(c.swept.Kept, fmt.Sprintf("%s: nothing declares VM %s; `clawvm rm %s` removes it, with --volumes its volumes too", paths.State, name, name))
 }
 
-// collectShared collects what belongs to no VM.
-func (c *collector) collectShared(ctx context.Context) {
-	store := storage.Store{Dir: c.layout.Store()}
-	halves, err := store.Abandoned()
-	c.failed(err)
-	for _, path := range halves {
-		c.take(leftover{path, func() error { return store.RemoveAbandoned() }})
-	}
+// collectKernels collects the prepared kernels that nothing was started from for
+// long.
+func (c *collector) collectKernels(ctx context.Context) {
+	cache := c.layout.BootCache()
+	look := func() ([]string, error) { return kernel.Prune(ctx, cache, bootUnused) }
 	if c.sweep.DryRun {
-		return // what is in the cache of prepared kernels is no one's left-over
+		look = func() ([]string, error) { return kernel.Prunable(cache, bootUnused) }
 	}
-	pruned, err := kernel.Prune(ctx, c.layout.BootCache(), bootUnused)
+	found, err := look()
 	c.failed(err)
-	c.swept.Removed = append(c.swept.Removed, pruned...)
+	c.swept.Removed = append(c.swept.Removed, found...)
 }
 
 // runLeftovers is what lies in a dead VM's run directory beside its lock, and what
@@ -319,6 +348,25 @@ func removeRun(path string) error {
 	return os.RemoveAll(path)
 }
 
+// removeRunDir removes a VM's run directory, whose lock is held: the lock last, since
+// from then on the VM may be another's, which has made the directory anew.
+func removeRunDir(p Paths) error {
+	rest, err := runLeftovers(p)
+	errs := []error{err}
+	for _, o := range rest {
+		errs = append(errs, o.remove())
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	for _, path := range []string{p.UnitWeight(), p.Lock(), p.Run} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTEMPTY) {
+			return err
+		}
+	}
+	return nil
+}
+
 // mount is a line of /proc/self/mountinfo (proc(5)).
 type mount struct{ at, kind, source string }
 
@@ -359,12 +407,12 @@ func Remove(ctx context.Context, l Layout, name string, volumes bool) (kept []st
 	if err := l.knows(name); err != nil {
 		return nil, err
 	}
-	lock, err := takeLock(paths.Lock())
+	lock, err := l.lockVM(ctx, name)
 	if errors.Is(err, errLocked) {
 		return nil, fmt.Errorf("cannot remove VM %s: it runs; clawvm down %s first", name, name)
 	}
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("cannot remove VM %s: %w", name, err)
 	}
 	defer lock.Close()
 	if _, err := killMarked(l.Mark(name)); err != nil {
@@ -421,7 +469,7 @@ func Remove(ctx context.Context, l Layout, name string, volumes bool) (kept []st
 	}
 	// The lease last but for what holds the lock: until here a second rm finds
 	// what the first one left.
-	return kept, errors.Join(leases.Release(name), os.RemoveAll(paths.Log), os.RemoveAll(paths.Run))
+	return kept, errors.Join(leases.Release(name), os.RemoveAll(paths.Log), removeRunDir(paths))
 }
 
 // knows says, by its error, whether there is anything of a VM of that name.

@@ -12,7 +12,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // Declare makes sure that the declaration in file is the one that its VM goes by:
@@ -89,13 +89,7 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 		return false, err
 	}
 	paths := l.VM(name)
-	if err := os.MkdirAll(paths.Log, 0o755); err != nil {
-		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
-	}
-	if err := putAside(paths.SupervisorLog()); err != nil {
-		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
-	}
-	log, err := os.OpenFile(paths.SupervisorLog(), os.O_RDWR|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o640)
+	log, err := openLog(paths.SupervisorLog())
 	if err != nil {
 		return false, fmt.Errorf("cannot start VM %s: %w", name, err)
 	}
@@ -140,6 +134,8 @@ func Launch(ctx context.Context, l Layout, name string) (started bool, err error
 				return false, killedAtStart(name, exit.ProcessState.String())
 			} else if exit != nil {
 				code = exit.ExitCode()
+			} else if err == nil {
+				return false, TakenDown(name)
 			}
 			if e, eerr := LastEnd(l, name); eerr == nil && e.Failed() && e.Kind != EndSupervisor && (beforeErr != nil || e.Since(before)) {
 				return false, coded(e.Code, errors.New(e.Reason))
@@ -164,6 +160,9 @@ func killedAtStart(name, how string) error {
 	return fmt.Errorf("cannot start VM %s: its supervisor ended without a word (%s); clawvm logs --supervisor %s shows how far it came", name, how, name)
 }
 
+// TakenDown is the error of a start that its owner ended.
+func TakenDown(name string) error { return fmt.Errorf("VM %s was taken down while it started", name) }
+
 // WhyNot is the error of a start that can't be followed any more, because err, of a
 // VM whose last end was before when it began.
 func WhyNot(l Layout, name string, before *End, err error) error {
@@ -174,6 +173,8 @@ func WhyNot(l Layout, name string, before *End, err error) error {
 		return killedAtStart(name, err.Error())
 	case end.Failed():
 		return coded(end.Code, errors.New(end.Reason))
+	case end.Kind == EndByOwner:
+		return TakenDown(name)
 	}
 	return err
 }

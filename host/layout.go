@@ -11,7 +11,7 @@ import (
 	"strings"
 
 	"github.com/clawvm/clawvm/config"
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // sunPathMax is the longest path of a unix socket: sun_path holds 108 bytes

@@ -1,11 +1,13 @@
 package host
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -17,11 +19,14 @@ var errLocked = errors.New("another process holds it")
 // to the open file description (fcntl(2), F_OFD_SETLK), so that it can be asked
 // for without being taken, and ends with the process however that ends.
 func takeLock(file string) (*os.File, error) {
-	if err := os.MkdirAll(filepath.Dir(file), 0o711); err != nil {
-		return nil, fmt.Errorf("cannot lock %s: %w", file, err)
-	}
 	for {
+		if err := os.MkdirAll(filepath.Dir(file), 0o711); err != nil {
+			return nil, fmt.Errorf("cannot lock %s: %w", file, err)
+		}
 		f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // whoever held the lock has removed the directory since
+		}
 		if err != nil {
 			return nil, fmt.Errorf("cannot lock: %w", err)
 		}
@@ -42,6 +47,41 @@ func takeLock(file string) (*os.File, error) {
 			}
 		}
 		f.Close()
+	}
+}
+
+// How long who needs a VM's lock waits for another command that holds it, as gc
+// and rm do for a moment: killing what was left, which is what can take longest,
+// is done or given up by then (killWait, cgroupWait). And how often it is tried.
+const (
+	lockWait = 30 * time.Second
+	lockPoll = 20 * time.Millisecond
+)
+
+// lockVM takes a VM's lock, and waits while another command holds it. Of a VM that
+// has a supervisor, whose lock it is for as long as it lives, the error is
+// [errLocked] at once.
+func (l Layout) lockVM(ctx context.Context, name string) (*os.File, error) {
+	file := l.VM(name).Lock()
+	limit := time.NewTimer(lockWait)
+	defer limit.Stop()
+	tick := time.NewTicker(lockPoll)
+	defer tick.Stop()
+	for {
+		lock, err := takeLock(file)
+		if !errors.Is(err, errLocked) {
+			return lock, err
+		}
+		if _, err := l.Dial(name).Status(ctx); err == nil {
+			return nil, errLocked
+		}
+		select {
+		case <-tick.C:
+		case <-limit.C:
+			return nil, fmt.Errorf("its lock has been held for %s by a process that does not answer; `fuser -v %s` shows which", inWords(lockWait), file)
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
 	}
 }
 

@@ -210,18 +210,12 @@ func SupervisorOutput(l Layout, name string, stderr *os.File) (io.Writer, error)
 	if !leadsToJournal(stderr) {
 		return stderr, nil
 	}
-	paths := l.VM(name)
-	if err := os.MkdirAll(paths.Log, 0o755); err != nil {
-		return nil, fmt.Errorf("cannot log what the supervisor of VM %s does: %w", name, err)
-	}
-	if err := putAside(paths.SupervisorLog()); err != nil {
-		return nil, fmt.Errorf("cannot log what the supervisor of VM %s does: %w", name, err)
-	}
-	file, err := os.OpenFile(paths.SupervisorLog(), os.O_WRONLY|os.O_CREATE|os.O_APPEND|syscall.O_NOFOLLOW, 0o640)
+	path := l.VM(name).SupervisorLog()
+	file, err := openLog(path)
 	if err != nil {
 		return nil, fmt.Errorf("cannot log what the supervisor of VM %s does: %w", name, err)
 	}
-	return io.MultiWriter(file, journalWriter{stderr}), nil
+	return io.MultiWriter(&boundedLog{out: file, path: path}, journalWriter{stderr}), nil
 }
 
 // leadsToJournal says whether the journal reads what is written to f

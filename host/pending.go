@@ -176,9 +176,9 @@ func (l *life) keepBoot() (stop func() error) {
 
 // DropOverlay removes the overlay disk of a VM that is down: its next start begins
 // with the image as it is. Volumes and kept secrets stay.
-func DropOverlay(l Layout, name string) error {
+func DropOverlay(ctx context.Context, l Layout, name string) error {
 	p := l.VM(name)
-	lock, err := takeLock(p.Lock())
+	lock, err := l.lockVM(ctx, name)
 	if errors.Is(err, errLocked) {
 		return fmt.Errorf("cannot recreate VM %s: it was started again meanwhile", name)
 	}

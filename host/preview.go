@@ -7,8 +7,6 @@ import (
 	"io"
 	"io/fs"
 	"log"
-	"os"
-	"slices"
 	"strings"
 
 	"github.com/clawvm/clawvm/config"
@@ -203,52 +201,3 @@ func (l Layout) Running(name string) (bool, error) { return locked(l.VM(name).Lo
 
 // Init finds the guest's init. An error says where it was looked for.
 func Init() (string, error) { return initBinary() }
-
-// Leftovers says what VMs that were killed left behind, which is what Collect would remove. It changes nothing. An error means
-// that something could not be looked at.
-func Leftovers(l Layout, h *config.Host) (found []string, err error) {
-	bridge := network.Bridge{Name: h.Bridge, Address: h.Address, Owner: l.ID}
-	names, err := l.withRunDir()
-	errs := []error{err}
-	ports, err := bridge.Ports()
-	errs = append(errs, err)
-	byPort := map[string]string{}
-	for _, p := range ports {
-		byPort[p.VM] = p.TAP
-		names = append(names, p.VM)
-	}
-	ruled, err := (network.Rules{Bridge: bridge, Lock: l.RulesLock()}).List()
-	errs = append(errs, err)
-	for vm := range ruled {
-		names = append(names, vm)
-	}
-	slices.Sort(names)
-	for _, name := range slices.Compact(names) {
-		held, err := l.Running(name)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		if err != nil || held {
-			continue
-		}
-		if pids, err := markedProcesses(l.Mark(name)); err != nil {
-			errs = append(errs, err)
-		} else if len(pids) > 0 {
-			found = append(found, fmt.Sprintf("%d processes of VM %s", len(pids), name))
-		}
-		if tap, ok := byPort[name]; ok {
-			found = append(found, "port "+tap+" of VM "+name)
-		}
-		if _, ok := ruled[name]; ok {
-			found = append(found, "packet filter rules of VM "+name)
-		}
-		rest, err := runLeftovers(l.VM(name))
-		if err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, err)
-		}
-		for _, o := range rest {
-			found = append(found, o.what)
-		}
-	}
-	return found, errors.Join(errs...)
-}

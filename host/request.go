@@ -17,6 +17,9 @@ type request struct {
 // requestWait bounds the wait for a VM that is busy with another request.
 const requestWait = 15 * time.Second
 
+// requestPoll is how often is looked whether there is anyone to wait for.
+const requestPoll = 20 * time.Millisecond
+
 // ask has do done to the running VM. A VM that is not ready, or ends before it
 // comes to it, is an error; to says for it what was asked.
 func (s *Supervisor) ask(ctx context.Context, to string, do func(*life) error) error {
@@ -32,14 +35,20 @@ func (s *Supervisor) ask(ctx context.Context, to string, do func(*life) error) e
 	}
 	ctx, cancel := context.WithTimeout(ctx, requestWait)
 	defer cancel()
+	tick := time.NewTicker(requestPoll)
+	defer tick.Stop()
 	r := request{do, make(chan error, 1)}
-	select {
-	case s.requests <- r:
-		return <-r.done
-	case <-ctx.Done():
-		if err := refusal(); err != nil {
-			return err
+	for {
+		select {
+		case s.requests <- r:
+			return <-r.done
+		case <-tick.C:
+			// It may have begun to end before it came to this.
+			if err := refusal(); err != nil {
+				return err
+			}
+		case <-ctx.Done():
+			return fmt.Errorf("cannot %s VM %s: it is busy with another request: %w", to, s.name, context.Cause(ctx))
 		}
-		return fmt.Errorf("cannot %s VM %s: it is busy with another request: %w", to, s.name, context.Cause(ctx))
 	}
 }

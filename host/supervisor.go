@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"os"
 	"path/filepath"
@@ -77,14 +78,7 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 	if err := os.Chdir(l.Root); err != nil {
 		return fmt.Errorf("cannot start VM %s: %w", name, err)
 	}
-	if err := os.MkdirAll(s.paths.Run, 0o711); err != nil {
-		return fmt.Errorf("cannot start VM %s: %w", name, err)
-	}
-	// The VMM's uid passes through to its own directory (MkdirAll obeys the umask).
-	if err := os.Chmod(s.paths.Run, 0o711); err != nil {
-		return fmt.Errorf("cannot start VM %s: %w", name, err)
-	}
-	lock, err := takeLock(s.paths.Lock())
+	lock, err := l.lockVM(ctx, name)
 	if errors.Is(err, errLocked) {
 		return fmt.Errorf("cannot start VM %s: it runs already (its lock %s is held)", name, s.paths.Lock())
 	}
@@ -92,6 +86,10 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		return fmt.Errorf("cannot start VM %s: %w", name, err)
 	}
 	defer lock.Close()
+	// The VMM's uid passes through to its own directory (MkdirAll obeys the umask).
+	if err := os.Chmod(s.paths.Run, 0o711); err != nil {
+		return fmt.Errorf("cannot start VM %s: %w", name, err)
+	}
 	control, err := serveControl(s.paths.Control(), s)
 	if err != nil {
 		return fmt.Errorf("cannot start VM %s: %w", name, err)
@@ -187,16 +185,22 @@ func (s *Supervisor) rotate() error {
 	return l.restage()
 }
 
-// logFile opens one of the supervisor's own log files for appending. What grew
+// openLog opens one of the supervisor's own log files for appending. What grew
 // beyond the limit is put aside first, one generation.
-func (s *Supervisor) logFile(path string) (*os.File, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
+func openLog(path string) (*os.File, error) {
+	for {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return nil, err
+		}
+		if err := putAside(path); err != nil {
+			return nil, err
+		}
+		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return f, err
+		}
+		// An rm of the VM has removed the directory since.
 	}
-	if err := putAside(path); err != nil {
-		return nil, err
-	}
-	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW, 0o640)
 }
 
 // putAside renames a log that has grown beyond hostLogMax; one generation is kept.

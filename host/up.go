@@ -13,9 +13,9 @@ import (
 	"time"
 
 	"github.com/clawvm/clawvm/config"
-	"github.com/clawvm/clawvm/durable"
 	"github.com/clawvm/clawvm/guest/kernel"
 	"github.com/clawvm/clawvm/host/gate"
+	"github.com/clawvm/clawvm/internal/durable"
 	"github.com/clawvm/clawvm/network"
 	"github.com/clawvm/clawvm/secrets"
 	"github.com/clawvm/clawvm/storage"
@@ -64,6 +64,7 @@ type life struct {
 
 	healthSaid time.Time // when a change of the health was logged last
 
+	met      bool          // the guest's agent has been reached
 	paused   bool          // see pause.go
 	clockSet chan struct{} // the gate's answers to resumes
 

@@ -14,7 +14,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/clawvm/clawvm/config"
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // weightProperty is a unit's weight against its neighbours (systemd.resource-control(5)).

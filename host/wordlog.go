@@ -27,7 +27,7 @@ const wordLogEnd = time.Second
 // program is to write to, which the caller closes. The undo that ends the log is
 // pushed; that of the program has to come after it.
 func (l *life) openWordLog(path string) (log *wordLog, words *os.File, err error) {
-	file, err := l.logFile(path)
+	file, err := openLog(path)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -37,6 +37,15 @@ func TestGarbage(t *testing.T) {
 		t.Fatal(err)
 	}
 	mkdir(t, in("var/lib/clawvm/store/tmp/import-dead"), 0o700)
+	unused := in("var/lib/clawvm/boot/kernel-unused")
+	mkdir(t, unused, 0o755)
+	if err := os.WriteFile(in("var/lib/clawvm/boot/lock"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	long := time.Now().Add(-30 * 24 * time.Hour)
+	if err := os.Chtimes(unused, long, long); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.Symlink("nobody", in("var/lib/clawvm/leases/192.168.86.9")); err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +64,7 @@ func TestGarbage(t *testing.T) {
 	if want := strings.ReplaceAll(shown, "would remove:", "removed:"); removed != want {
 		t.Errorf("gc --dry-run says\n%s\nand gc\n%s", shown, removed)
 	}
-	for _, want := range []string{"garbagetap0", "1 processes of VM killed", "dead/secrets", "tmp/import-dead", "lease of VM nobody", "more.raw.new", ".last-end.json123"} {
+	for _, want := range []string{"garbagetap0", "1 processes of VM killed", "dead/secrets", "tmp/import-dead", "lease of VM nobody", "more.raw.new", ".last-end.json123", "boot/kernel-unused"} {
 		if !strings.Contains(removed, "removed: ") || !strings.Contains(removed, want) {
 			t.Errorf("gc does not name %s:\n%s", want, removed)
 		}

@@ -12,7 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // Set keeps what r gives as the secret called name of the VM whose directory is keep, in place of what was kept. It reads at

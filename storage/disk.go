@@ -14,7 +14,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"golang.org/x/sys/unix"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 var (

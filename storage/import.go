@@ -14,7 +14,7 @@ import (
 	"github.com/dustin/go-humanize"
 	"golang.org/x/sys/unix"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // The bounds of an import where the caller sets none: generous for a root

@@ -23,7 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 var (

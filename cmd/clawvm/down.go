@@ -90,6 +90,9 @@ func downOne(ctx context.Context, l host.Layout, name string, grace time.Duratio
 	running := err == nil
 	if running {
 		err = client.Down(ctx, grace)
+		if errors.Is(err, host.ErrNotRunning) || errors.Is(err, host.ErrEnded) {
+			err = nil // it was about to end; how it did is asked below
+		}
 	}
 	limited, cancel := context.WithTimeout(ctx, grace+downSlack)
 	defer cancel()

@@ -62,7 +62,7 @@ func upCommand() *cli.Command {
 					return err
 				}
 				for _, n := range names {
-					if err := host.DropOverlay(l, n); err != nil {
+					if err := host.DropOverlay(c.Context, l, n); err != nil {
 						return err
 					}
 				}
@@ -103,9 +103,23 @@ func undeclare(l host.Layout, names []string) error {
 func checkAll(ctx context.Context, l host.Layout, names []string, all bool) error {
 	var errs []error
 	for _, n := range names {
-		if _, err := l.Dial(n).Status(ctx); all || errors.Is(err, host.ErrNotRunning) {
-			errs = append(errs, host.Check(ctx, l, n))
+		runs := func() bool {
+			_, err := l.Dial(n).Status(ctx)
+			return !errors.Is(err, host.ErrNotRunning)
 		}
+		was := runs()
+		if was && !all {
+			continue
+		}
+		err := host.Check(ctx, l, n)
+		if err != nil && !was && runs() {
+			// It was started meanwhile, and has the ports that were found in use.
+			err = nil
+			if all {
+				err = host.Check(ctx, l, n)
+			}
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -207,7 +221,7 @@ const lastLines = 15
 func failed(ctx context.Context, l host.Layout, name, why string, began time.Time) error {
 	var b strings.Builder
 	if why == "" {
-		why = "VM " + name + " was taken down while it started"
+		why = host.TakenDown(name).Error()
 	}
 	b.WriteString(why)
 	p := l.VM(name)

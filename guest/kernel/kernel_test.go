@@ -389,17 +389,42 @@ func TestPrepare(t *testing.T) {
 	if err := os.Mkdir(left, 0o755); err != nil {
 		t.Fatal(err)
 	}
+	want := []string{left, filepath.Dir(b.Initramfs)}
+	prunable := func() []string {
+		found, err := Prunable(cache, time.Hour)
+		if err != nil {
+			t.Error(err)
+		}
+		slices.Sort(found)
+		return found
+	}
+	if found := prunable(); !slices.Equal(found, want) {
+		t.Errorf("to be removed are %q, not %q", found, want)
+	}
+	unlock, err := lockCache(ctx, cache)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if found := prunable(); !slices.Equal(found, want[1:]) {
+		t.Errorf("while somebody works %q are to be removed, not %q", found, want[1:])
+	}
+	if err := unlock(); err != nil {
+		t.Fatal(err)
+	}
 	removed, err := Prune(ctx, cache, time.Hour)
 	slices.Sort(removed)
-	if want := []string{left, filepath.Dir(b.Initramfs)}; err != nil || !slices.Equal(removed, want) {
+	if err != nil || !slices.Equal(removed, want) {
 		t.Errorf("removed %q, not %q: %v", removed, want, err)
+	}
+	if found := prunable(); len(found) != 0 {
+		t.Errorf("after that %q are to be removed", found)
 	}
 	if _, err := os.Stat(other.Initramfs); err != nil {
 		t.Error(err)
 	}
 
 	// While somebody works, the others wait no longer than they want to.
-	unlock, err := lockCache(ctx, cache)
+	unlock, err = lockCache(ctx, cache)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // Boot is what a VMM loads.
@@ -237,26 +237,58 @@ func Prune(ctx context.Context, cacheDir string, unused time.Duration) (removed 
 		return nil, err
 	}
 	defer unlock()
-	entries, err := os.ReadDir(cacheDir)
+	found, err := prunable(cacheDir, unused, false)
 	if err != nil {
-		return nil, fmt.Errorf("cannot list prepared kernels: %w", err)
+		return nil, err
 	}
-	limit := time.Now().Add(-unused)
-	for _, e := range entries {
-		left := strings.HasPrefix(e.Name(), newPrefix)
-		ours := strings.HasPrefix(e.Name(), kernelPrefix) || strings.HasPrefix(e.Name(), guestPrefix)
-		info, err := e.Info()
-		if err != nil {
-			return removed, fmt.Errorf("cannot list prepared kernels: %w", err)
-		}
-		if !left && (!ours || info.ModTime().After(limit)) {
-			continue
-		}
-		path := filepath.Join(cacheDir, e.Name())
+	for _, path := range found {
 		if err := os.RemoveAll(path); err != nil {
 			return removed, fmt.Errorf("cannot remove a prepared kernel: %w", err)
 		}
 		removed = append(removed, path)
 	}
 	return removed, nil
+}
+
+// Prunable lists what Prune would remove. It changes nothing and waits for nobody: while a Prepare is at work, what it makes
+// isn't among it.
+func Prunable(cacheDir string, unused time.Duration) ([]string, error) {
+	lock, err := os.Open(filepath.Join(cacheDir, cacheLock))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // nothing was ever prepared
+	}
+	if err != nil {
+		return nil, fmt.Errorf("cannot list prepared kernels: %w", err)
+	}
+	defer lock.Close()
+	// Shared, and given back at once: who works holds it alone.
+	err = unix.Flock(int(lock.Fd()), unix.LOCK_SH|unix.LOCK_NB)
+	if err != nil && !errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, fmt.Errorf("cannot list prepared kernels: %s: %w", lock.Name(), err)
+	}
+	return prunable(cacheDir, unused, err != nil)
+}
+
+// prunable lists what wasn't given out for so long, and, unless somebody is at work, what a killed Prepare left.
+func prunable(cacheDir string, unused time.Duration, atWork bool) (found []string, err error) {
+	entries, err := os.ReadDir(cacheDir)
+	if err != nil {
+		return nil, fmt.Errorf("cannot list prepared kernels: %w", err)
+	}
+	limit := time.Now().Add(-unused)
+	for _, e := range entries {
+		left := !atWork && strings.HasPrefix(e.Name(), newPrefix)
+		ours := strings.HasPrefix(e.Name(), kernelPrefix) || strings.HasPrefix(e.Name(), guestPrefix)
+		info, err := e.Info()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("cannot list prepared kernels: %w", err)
+		}
+		if left || ours && !info.ModTime().After(limit) {
+			found = append(found, filepath.Join(cacheDir, e.Name()))
+		}
+	}
+	return found, nil
 }

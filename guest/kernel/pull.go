@@ -20,7 +20,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // DefaultPackage is the package whose newest dependency Pull brings where no other is asked for: Debian's kernel for

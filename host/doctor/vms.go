@@ -197,8 +197,12 @@ func checkLeftovers(_ context.Context, k *look) []Finding {
 	}
 	left, err := host.Leftovers(k.Layout, k.host)
 	var all []Finding
-	for _, what := range left {
+	for _, what := range left.Removed {
 		all = append(all, Finding{Check: "left-overs", Severity: Warning, Seen: what, Do: "clawvm gc"})
+	}
+	for _, kept := range left.Kept {
+		seen, do, _ := strings.Cut(kept, "; ")
+		all = append(all, Finding{Check: "left-overs", Severity: Note, Seen: seen, Do: do})
 	}
 	if err != nil {
 		all = append(all, broken("left-overs", Unknown, err))

@@ -15,14 +15,17 @@ import (
 // rulesReader reads from the kernel what is there of our tables. The library's
 // own readers lose the error number, by which "not there" is told from "could
 // not look", and don't see that a list was interrupted.
-type rulesReader struct{ conn *netlink.Conn }
+type rulesReader struct {
+	conn *netlink.Conn
+	read int // messages, so far
+}
 
 func openRulesReader() (*rulesReader, error) {
 	c, err := netlink.Dial(unix.NETLINK_NETFILTER, nil)
 	if err != nil {
 		return nil, fmt.Errorf("cannot open a netfilter socket: %w", err)
 	}
-	return &rulesReader{c}, nil
+	return &rulesReader{conn: c}, nil
 }
 
 func (r *rulesReader) close() error { return r.conn.Close() }
@@ -43,6 +46,7 @@ func (r *rulesReader) get(what uint16, family nftables.TableFamily, attrs ...net
 	}
 	for try := 1; ; try++ {
 		msgs, err = r.conn.Execute(req)
+		r.read += len(msgs)
 		switch {
 		case errors.Is(err, unix.ENOENT):
 			return nil, true, nil

@@ -319,7 +319,7 @@ func TestPortHalfMade(t *testing.T) {
 	broken := errors.New("killed here")
 	err := makeTAP("tap-half", 1, 1, func() error {
 		br := get(netlink.LinkByName("microbr"))(t)
-		must(t, testBridge.setPort(br, Port{VM: "half", TAP: "tap-half", Address: openGuest.Address, MAC: MAC(openGuest.Address)}))
+		must(t, testBridge.setPort(br, Port{VM: "half", TAP: "tap-half", Address: openGuest.Address, MAC: MAC(openGuest.Address)}, true))
 		return broken
 	})
 	if !errors.Is(err, broken) {

@@ -91,13 +91,24 @@ func ensureRules(r *rulesReader, b Bridge, g *Guest) (*plan, error) {
 			return nil, err
 		}
 	}
-	state, err := p.ensureSets(r, shared, have)
-	if err != nil || g == nil {
+	if err := p.ensureSets(r, shared, have); err != nil || g == nil {
 		return p, err
 	}
 	parts := guestTables(b, *g)
+	isNew := false
+	if p.empty() {
+		if isNew, err = r.areNew(parts); err != nil {
+			return nil, err
+		}
+	}
+	var state setState
+	if !isNew {
+		if state, err = readSets(r, shared, have); err != nil {
+			return nil, err
+		}
+	}
 	for i, t := range parts {
-		if err := p.ensureChains(r, t, have[t.family]); err != nil {
+		if err := p.ensureChains(r, t, have[t.family] && !isNew); err != nil {
 			return nil, err
 		}
 		for j, s := range t.sets {
@@ -174,27 +185,41 @@ type setState map[string]map[string]element
 
 func (s setState) of(t table, set string) map[string]element { return s[families[t.family]+set] }
 
-// ensureSets plans the sets that are missing and reads the others.
-func (p *plan) ensureSets(r *rulesReader, shared []table, have map[nftables.TableFamily]bool) (setState, error) {
-	state := setState{}
+// ensureSets plans the sets that are missing.
+func (p *plan) ensureSets(r *rulesReader, shared []table, have map[nftables.TableFamily]bool) error {
 	for _, t := range shared {
 		for _, s := range t.sets {
-			missing := true
-			var all map[string]element
+			there := false
 			if have[t.family] {
+				var length uint32
 				var err error
-				if all, missing, err = r.elements(t, s.name); err != nil {
-					return nil, err
+				if length, there, err = r.keyLength(t, s.name); err != nil {
+					return err
 				}
-			}
-			if missing {
-				p.sets = append(p.sets, setIn{t, s})
-			}
-			for key := range all {
-				if len(key) != int(s.key.Bytes) {
-					return nil, fmt.Errorf("set %s of table %s isn't as clawvm makes it; remove the table: nft delete table %s %s",
+				if there && length != s.key.Bytes {
+					return fmt.Errorf("set %s of table %s isn't as clawvm makes it; remove the table: nft delete table %s %s",
 						s.name, t.name, families[t.family], t.name)
 				}
+			}
+			if !there {
+				p.sets = append(p.sets, setIn{t, s})
+			}
+		}
+	}
+	return nil
+}
+
+// readSets reads what the sets hold; one that isn't there holds nothing.
+func readSets(r *rulesReader, shared []table, have map[nftables.TableFamily]bool) (setState, error) {
+	state := setState{}
+	for _, t := range shared {
+		if !have[t.family] {
+			continue
+		}
+		for _, s := range t.sets {
+			all, _, err := r.elements(t, s.name)
+			if err != nil {
+				return nil, err
 			}
 			state[families[t.family]+s.name] = all
 		}
@@ -272,7 +297,10 @@ func removeRules(r *rulesReader, b Bridge, vm string, a netip.Addr) (*plan, erro
 		return nil, err
 	}
 	p, shared := &plan{}, sharedTables(b)
-	state, err := (&plan{}).ensureSets(r, shared, have)
+	if err := (&plan{}).ensureSets(r, shared, have); err != nil {
+		return nil, err
+	}
+	state, err := readSets(r, shared, have)
 	if err != nil {
 		return nil, err
 	}
@@ -290,12 +318,12 @@ func removeRules(r *rulesReader, b Bridge, vm string, a netip.Addr) (*plan, erro
 	if !have[shared[0].family] {
 		return p, nil
 	}
-	chains, err := r.chains(shared[0])
-	if err != nil {
-		return nil, err
-	}
 	for _, name := range []string{chainOf(vm), refuseChain(vm)} {
-		if slices.Contains(chains, name) {
+		there, err := r.hasChain(shared[0], name)
+		if err != nil {
+			return nil, err
+		}
+		if there {
 			c := chainIn{shared[0], chain{name: name}}
 			p.flush, p.delChains = append(p.flush, c), append(p.delChains, c)
 		}

@@ -83,9 +83,9 @@ func (b Bridge) ensurePort(p Port) error {
 		tap = nil
 	}
 	if tap != nil {
-		return b.setPort(br, p)
+		return b.setPort(br, p, false)
 	}
-	return makeTAP(p.TAP, p.UID, p.GID, func() error { return b.setPort(br, p) })
+	return makeTAP(p.TAP, p.UID, p.GID, func() error { return b.setPort(br, p, true) })
 }
 
 // findTAP looks for the port's TAP: nil without an error when there is none.
@@ -109,8 +109,9 @@ func (b Bridge) findTAP(p Port) (*netlink.Tuntap, error) {
 	return tap, nil
 }
 
-// setPort brings the TAP, which exists, into its state.
-func (b Bridge) setPort(br netlink.Link, p Port) error {
+// setPort brings the TAP, which exists, into its state; isNew says that it was made
+// a moment ago.
+func (b Bridge) setPort(br netlink.Link, p Port, isNew bool) error {
 	link, err := findLink(p.TAP)
 	if err != nil {
 		return err
@@ -135,6 +136,13 @@ func (b Bridge) setPort(br netlink.Link, p Port) error {
 	}
 	if err := setPortOptions(link.Attrs().Index); err != nil {
 		return fmt.Errorf("cannot isolate it: %w", err)
+	}
+	replace := replaceEntries
+	if isNew && p.ownMAC() {
+		replace = checkMAC // it had no others; a host's list of them is long
+	}
+	if err := replace(br, link, p); err != nil {
+		return err
 	}
 	if err := setEntries(br, link, p); err != nil {
 		return err
@@ -164,9 +172,49 @@ func setPortOptions(index int) error {
 	return err
 }
 
-// setEntries sets the port's forwarding and neighbour entry and removes those
-// that it had with another MAC or address.
-func setEntries(br, tap netlink.Link, p Port) error {
+// ownMAC says whether the MAC is the one made of the address, which no other port
+// has, nor had with another address.
+func (p Port) ownMAC() bool { return p.Address.IsValid() && slices.Equal(p.MAC, MAC(p.Address)) }
+
+// checkMAC refuses a MAC that the bridge has at another port: one that was declared.
+func checkMAC(br, tap netlink.Link, p Port) error {
+	at, err := portOf(br, p.MAC)
+	if err != nil {
+		return err
+	}
+	if at != 0 && at != tap.Attrs().Index {
+		return takenMAC(p, at)
+	}
+	return nil
+}
+
+func takenMAC(p Port, index int) error {
+	return fmt.Errorf("the MAC %v is that of %s already", p.MAC, linkLabel(index))
+}
+
+// portOf finds the link at which the bridge has a MAC, by one question; 0 when it
+// has it nowhere.
+func portOf(br netlink.Link, mac net.HardwareAddr) (index int, err error) {
+	req := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, 0)
+	req.AddData(&netlink.Ndmsg{Family: unix.AF_BRIDGE})
+	req.AddData(nl.NewRtAttr(netlink.NDA_LLADDR, mac))
+	req.AddData(nl.NewRtAttr(netlink.NDA_MASTER, nl.Uint32Attr(uint32(br.Attrs().Index))))
+	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWNEIGH)
+	if errors.Is(err, unix.ENOENT) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("cannot ask the bridge for the MAC %v: %w", mac, err)
+	}
+	if len(msgs) != 1 || len(msgs[0]) < unix.SizeofNdMsg {
+		return 0, fmt.Errorf("cannot ask the bridge for the MAC %v: the kernel answers with %d messages, not one", mac, len(msgs))
+	}
+	return int(nl.NativeEndian().Uint32(msgs[0][4:])), nil
+}
+
+// replaceEntries removes the forwarding and neighbour entries that the port had with
+// another MAC or address.
+func replaceEntries(br, tap netlink.Link, p Port) error {
 	fdb, err := forwarding()
 	if err != nil {
 		return err
@@ -175,7 +223,7 @@ func setEntries(br, tap netlink.Link, p Port) error {
 	for _, e := range fdb {
 		switch mine, same := e.LinkIndex == tap.Attrs().Index, slices.Equal(e.HardwareAddr, p.MAC); {
 		case same && !mine && e.MasterIndex == br.Attrs().Index:
-			return fmt.Errorf("the MAC %v is that of %s already", p.MAC, linkLabel(e.LinkIndex))
+			return takenMAC(p, e.LinkIndex)
 		case mine && !same:
 			macs = append(macs, e.HardwareAddr.String())
 			if err := netlink.NeighDel(&e); err != nil && !isGone(err) {
@@ -183,13 +231,15 @@ func setEntries(br, tap netlink.Link, p Port) error {
 			}
 		}
 	}
-	if err := removeNeighbours(br, func(n netlink.Neigh) bool {
+	return removeNeighbours(br, func(n netlink.Neigh) bool {
 		return slices.Contains(macs, n.HardwareAddr.String()) && !n.IP.Equal(p.Address.AsSlice())
-	}); err != nil {
-		return err
-	}
+	})
+}
+
+// setEntries sets the port's forwarding and neighbour entry.
+func setEntries(br, tap netlink.Link, p Port) error {
 	// NUD_NOARP is what the bridge calls static; NUD_PERMANENT would mean "the host itself".
-	err = netlink.NeighSet(&netlink.Neigh{LinkIndex: tap.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER,
+	err := netlink.NeighSet(&netlink.Neigh{LinkIndex: tap.Attrs().Index, Family: unix.AF_BRIDGE, Flags: netlink.NTF_MASTER,
 		State: netlink.NUD_NOARP, HardwareAddr: p.MAC})
 	if err != nil {
 		return fmt.Errorf("cannot set the forwarding entry of %v: %w", p.MAC, err)
@@ -284,7 +334,15 @@ func (b Bridge) removePort(p Port) error {
 			return err
 		}
 	}
-	if br == nil {
+	switch {
+	case br == nil:
+		return nil
+	case p.ownMAC() && len(slices.Compact(macs)) <= 1:
+		// Its neighbour entry can be that of its address alone.
+		err := netlink.NeighDel(&netlink.Neigh{LinkIndex: br.Attrs().Index, Family: unix.AF_INET, IP: p.Address.AsSlice()})
+		if err != nil && !isGone(err) {
+			return fmt.Errorf("cannot remove the neighbour entry of %v: %w", p.Address, err)
+		}
 		return nil
 	}
 	return removeNeighbours(br, func(n netlink.Neigh) bool { return slices.Contains(macs, n.HardwareAddr.String()) })

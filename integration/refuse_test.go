@@ -180,6 +180,7 @@ var refusals = []refusal{
 	{name: "reload-no-name", args: []string{"reload"}},
 	{name: "recreate-broken", vm: "image: nothing\n", args: []string{"up", "--recreate", "vm"}},
 	{name: "exec-down", vm: "image: small\n", args: []string{"exec", "vm", "true"}},
+	{name: "exec-unknown-vm", args: []string{"exec", "nothing", "true"}},
 	{name: "cp-nothing", vm: "image: small\n", args: []string{"cp", "DIR/empty"}},
 	{name: "cp-down", vm: "image: small\n", args: []string{"cp", "DIR/empty", "vm:/tmp"}},
 	{name: "cp-from-down", vm: "image: small\n", args: []string{"cp", "vm:/etc/passwd", "-"}},

@@ -86,7 +86,7 @@ func execIn(c *cli.Context, name string, req agent.ExecRequest, input bool) erro
 		case errors.As(err, &coded):
 			return coded
 		case errors.As(err, &missing):
-			return missing
+			return &host.CodedError{Code: host.ExitExec, Err: missing} // any other code is the command's
 		}
 		return &host.CodedError{Code: host.ExitExec, Err: fmt.Errorf("cannot run a command in VM %s: %w", name, err)}
 	}

@@ -52,6 +52,8 @@ limits: {tasks: 200, cpuWeight: 50, memoryOverhead: 160MiB}
 overlay: {tmpfs: 16MiB}
 volumes:
   - {name: state, mount: /var/lib/state, size: 32MiB}
+shares:
+  - {source: /srv/inbox, mount: /inbox}
 secrets:
   given: {credential: api-key}
   sealed: {credential: sealed-key}
@@ -121,6 +123,7 @@ func TestSystemd(t *testing.T) {
 	}
 	u.step(t, "status and journal", u.statusAndJournal)
 	u.step(t, "secrets", u.secrets)
+	u.step(t, "a writable share", u.share)
 	u.step(t, "limits", u.limits)
 	u.step(t, "networkd leaves the links alone", u.networkd)
 	u.step(t, "reload", u.reload)
@@ -258,8 +261,9 @@ func (u *units) install(t *testing.T) {
 		}
 	}
 	uninstalled(t, dest)
-	// The server's processor is emulated: udev loads no module for it by itself.
-	u.sh(t, "echo kvm-amd >/etc/modules-load.d/kvm.conf; systemctl daemon-reload; systemctl enable systemd-networkd; clawvm image import /root/small small")
+	// Nobody but the unit loads KVM: udev knows no module for an emulated processor.
+	u.sh(t, "systemctl daemon-reload; systemctl enable systemd-networkd; clawvm image import /root/small small")
+	u.sh(t, "install -d -o 1000 -g 1000 /srv/inbox")
 	// By the host's own key; the emulated server has no TPM.
 	u.sh(t, "systemd-creds setup && echo sealed on this host | systemd-creds encrypt --with-key=host --name=sealed-key - /etc/test-sealed-key && ! grep -q 'sealed on' /etc/test-sealed-key")
 }
@@ -394,6 +398,17 @@ func (u *units) secrets(t *testing.T) {
 	}
 }
 
+// share has the guests write to a directory of the server, whose owner virtiofsd is
+// in a namespace of its own.
+func (u *units) share(t *testing.T) {
+	for _, vm := range unitVMs {
+		u.sh(t, "clawvm exec "+vm+" -- sh -c 'echo written by "+vm+" >/inbox/"+vm+"'")
+		if out := u.sh(t, "cat /srv/inbox/"+vm+"; stat -c %u:%g /srv/inbox/"+vm); out != "written by "+vm+"\n1000:1000" {
+			t.Errorf("the share has\n%s", out)
+		}
+	}
+}
+
 // limits looks at the declared limits where the kernel keeps them.
 func (u *units) limits(t *testing.T) {
 	for _, vm := range unitVMs {
@@ -411,10 +426,10 @@ func (u *units) limits(t *testing.T) {
 				t.Errorf("%s of %s is %q, want %q", file, vm, got, want)
 			}
 		}
-		// The VMM and the virtiofsd of image and secrets, which are two each; by their
-		// scores they go before the supervisor, which has the unit's.
+		// The VMM and the virtiofsd of image, secrets and share; by their scores they go
+		// before the supervisor, which has the unit's.
 		scores := strings.Fields(u.sh(t, "for p in $(cat "+dir+"/vm/cgroup.procs); do cat /proc/$p/oom_score_adj; done"))
-		if len(scores) < 3 || slices.ContainsFunc(scores, func(s string) bool { return s != "400" }) {
+		if len(scores) < 4 || slices.ContainsFunc(scores, func(s string) bool { return s != "400" }) {
 			t.Errorf("the processes of %s in its leaf have the scores %v", vm, scores)
 		}
 		if out := u.sh(t, fmt.Sprintf("cat /proc/%d/oom_score_adj; sed -n 's/^Max core file size *//p' /proc/%[1]d/limits", e.PID)); strings.Join(strings.Fields(out), " ") != "-100 1 1 bytes" {
@@ -573,23 +588,23 @@ func (u *units) wrong(t *testing.T) {
 func (u *units) startLimit(t *testing.T) {
 	for _, vm := range u.by("beta") {
 		u.try(t, "systemctl stop "+host.Unit(vm))
-		u.with(t, vm, `echo 'ports: ["127.0.0.1:18081:8080"]' >>$f`, func() {
-			u.sh(t, "systemd-run -q --unit=taken systemd-socket-activate -l 127.0.0.1:18081 true; d=/run/systemd/system/"+host.Unit(vm)+".d; mkdir -p $d"+
+		u.with(t, vm, `echo 'ports: ["127.0.0.1:81:8080"]' >>$f`, func() {
+			u.sh(t, "systemd-run -q --unit=taken systemd-socket-activate -l 127.0.0.1:81 true; d=/run/systemd/system/"+host.Unit(vm)+".d; mkdir -p $d"+
 				"; printf '[Unit]\nStartLimitBurst=3\n[Service]\nRestartSec=100ms\nRestartSteps=0\n' >$d/quick.conf; systemctl daemon-reload")
 			if out, code := u.try(t, "systemctl start "+host.Unit(vm)); code == 0 {
 				t.Errorf("systemctl start with a port that is taken says %q", out)
 			}
 			u.eventually(t, "systemd gives up", func() bool { return u.show(t, vm, "ActiveState")["ActiveState"] == "failed" })
 			p := u.show(t, vm, "NRestarts", "StatusText", "ExecMainStatus")
-			if p["NRestarts"] != "3" || p["ExecMainStatus"] != strconv.Itoa(host.ExitFailed) || !strings.Contains(p["StatusText"], "18081") {
+			if p["NRestarts"] != "3" || p["ExecMainStatus"] != strconv.Itoa(host.ExitFailed) || !strings.Contains(p["StatusText"], "127.0.0.1:81") {
 				t.Errorf("the unit is %v", p)
 			}
-			if e := u.state(t, vm); e.State != host.Failed || !strings.Contains(e.Why, "18081") {
+			if e := u.state(t, vm); e.State != host.Failed || !strings.Contains(e.Why, "127.0.0.1:81") {
 				t.Errorf("clawvm status says %s, %s", e.State, e.Why)
 			}
 			// A person who asks for it is not held to that.
 			u.sh(t, "rm -r /run/systemd/system/"+host.Unit(vm)+".d; systemctl daemon-reload; systemctl stop taken; clawvm up "+vm)
-			if out := u.sh(t, "curl -sS -m 60 http://127.0.0.1:18081/"); out != "served by the guest" {
+			if out := u.sh(t, "curl -sS -m 60 http://127.0.0.1:81/"); out != "served by the guest" {
 				t.Errorf("the guest serves %q", out)
 			}
 		})

@@ -32,6 +32,13 @@ func (l *life) cleanUp(context.Context) error {
 	if killed > 0 {
 		l.note("left-overs", "ended %d processes of a start that was killed", killed)
 	}
+	users, err := l.users()
+	if err != nil {
+		return err
+	}
+	if err := awaitEnds(users...); err != nil {
+		return err
+	}
 	return l.clearRun()
 }
 

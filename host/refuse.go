@@ -62,6 +62,14 @@ func (l *life) checkPorts(context.Context) error {
 			continue
 		}
 		listener, err := listenPort(p)
+		if err != nil {
+			// By the VM's last gate, perhaps, which was killed and is not quite gone.
+			users, uerr := l.users()
+			if uerr != nil || awaitEnds(users...) != nil {
+				return errors.Join(err, uerr)
+			}
+			listener, err = listenPort(p)
+		}
 		if err == nil {
 			err = listener.Close()
 		}

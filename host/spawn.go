@@ -96,40 +96,54 @@ func killMarked(mark string) (int, error) {
 		if time.Now().After(deadline) {
 			return killed, fmt.Errorf("processes %v were killed and are still there after %s", pids, killWait)
 		}
-		for _, pid := range pids {
-			if err := killIfMarked(pid, mark); err != nil {
-				return killed, err
-			}
-			killed++
+		if err := killAll(pids, mark, deadline); err != nil {
+			return killed, err
 		}
-		time.Sleep(killPoll)
+		killed += len(pids)
 	}
+}
+
+// killAll kills what carries the mark, and then waits for all of it.
+func killAll(pids []int, mark string, deadline time.Time) (err error) {
+	var fds []int
+	defer func() {
+		for _, fd := range fds {
+			err = errors.Join(err, unix.Close(fd))
+		}
+	}()
+	for _, pid := range pids {
+		// Killed through a pidfd, a pid that was given to another process in between
+		// is left alone.
+		fd, err := unix.PidfdOpen(pid, 0)
+		if errors.Is(err, unix.ESRCH) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("cannot open process %d: %w", pid, err)
+		}
+		if has, err := markOf(pid); err != nil || has != mark {
+			if err := errors.Join(err, unix.Close(fd)); err != nil {
+				return err
+			}
+			continue
+		}
+		fds = append(fds, fd)
+		if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("cannot kill process %d: %w", pid, err)
+		}
+	}
+	for _, fd := range fds {
+		if err := awaitEnd(fd, deadline); err != nil {
+			return fmt.Errorf("processes %v were killed and are still there after %s: %w", pids, killWait, err)
+		}
+	}
+	return nil
 }
 
 const (
 	killWait = 10 * time.Second      // a killed process in uninterruptible sleep needs this at most
 	killPoll = 10 * time.Millisecond // between looks for what is left
 )
-
-// killIfMarked kills through a pidfd, so that a pid that was given to another
-// process in between is left alone.
-func killIfMarked(pid int, mark string) error {
-	fd, err := unix.PidfdOpen(pid, 0)
-	if errors.Is(err, unix.ESRCH) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("cannot open process %d: %w", pid, err)
-	}
-	defer unix.Close(fd)
-	if has, err := markOf(pid); err != nil || has != mark {
-		return err
-	}
-	if err := unix.PidfdSendSignal(fd, unix.SIGKILL, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
-		return fmt.Errorf("cannot kill process %d: %w", pid, err)
-	}
-	return nil
-}
 
 func markedProcesses(mark string) ([]int, error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/clawvm/clawvm/config"
-	"github.com/clawvm/clawvm/network"
 )
 
 // Entry is a line of `clawvm ls`.
@@ -98,7 +97,9 @@ func List(ctx context.Context, l Layout) ([]Entry, error) {
 		return nil, err
 	}
 	list := append([]string(nil), declared...)
+	mayRun := make(map[string]bool, len(running))
 	for _, n := range running {
+		mayRun[n] = true
 		if !all[n] {
 			if held, err := locked(l.VM(n).Lock()); err == nil && held {
 				list = append(list, n)
@@ -114,7 +115,7 @@ func List(ctx context.Context, l Layout) ([]Entry, error) {
 	for i, name := range list {
 		slots <- struct{}{}
 		wg.Go(func() {
-			entries[i] = look(ctx, l, name, hostConfig, hostErr, next)
+			entries[i] = look(ctx, l, name, mayRun[name], hostConfig, hostErr, next)
 			entries[i].Declared, entries[i].Enabled = all[name], enabled[name]
 			<-slots
 		})
@@ -135,14 +136,20 @@ func Look(ctx context.Context, l Layout, name string) (Entry, error) {
 		return Entry{}, err
 	}
 	hostConfig, hostErr := config.LoadHost(l.HostConfig())
-	e := look(ctx, l, name, hostConfig, hostErr, newOutlook(l))
+	e := look(ctx, l, name, true, hostConfig, hostErr, newOutlook(l))
 	e.Declared, e.Enabled = err == nil, enabledVMs(l)[name]
 	return e, nil
 }
 
-func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, hostErr error, next *outlook) Entry {
+// look tells of one VM; mayRun: it has a run directory, without which there is no
+// supervisor to ask.
+func look(ctx context.Context, l Layout, name string, mayRun bool, hostConfig *config.Host, hostErr error, next *outlook) Entry {
 	paths := l.VM(name)
-	st, err := l.Dial(name).Status(ctx)
+	var st Status
+	err := error(ErrNotRunning)
+	if mayRun {
+		st, err = l.Dial(name).Status(ctx)
+	}
 	if err == nil {
 		e := Entry{Status: st}
 		e.Health, e.Why = st.health(time.Now())
@@ -179,7 +186,7 @@ func look(ctx context.Context, l Layout, name string, hostConfig *config.Host, h
 	e.Ports = portTexts(vm.Ports)
 	if vm.Address.IsValid() {
 		e.Address = vm.Address.String()
-	} else if a, ok, err := (network.Leases{Dir: l.Leases(), Subnet: hostConfig.Address}).Lookup(name); err == nil && ok {
+	} else if a, ok := next.lease(name, hostConfig.Address); ok {
 		e.Address = a.String()
 	}
 	return e

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/clawvm/clawvm/config"
 	"github.com/clawvm/clawvm/guest/kernel"
+	"github.com/clawvm/clawvm/network"
 	"github.com/clawvm/clawvm/vmm"
 	"github.com/clawvm/clawvm/vmm/cloudhypervisor"
 	"github.com/clawvm/clawvm/vmm/qemu"
@@ -203,6 +205,9 @@ type outlook struct {
 	digests map[string]string         // of images, by name
 
 	glance, look func() vmm.Facts // what the host can do: at first sight, and tried
+
+	readLeases sync.Once
+	leases     map[string]netip.Addr // by VM
 }
 
 func newOutlook(l Layout) *outlook {
@@ -311,6 +316,17 @@ func (o *outlook) replaced(made *Made, path string) bool {
 		return id
 	})
 	return was != "" && now != "" && was != now
+}
+
+// lease is the address that a VM holds. The directory is read once, whoever asks:
+// with a thousand VMs each has a thousand names.
+func (o *outlook) lease(vm string, subnet netip.Prefix) (netip.Addr, bool) {
+	o.readLeases.Do(func() {
+		// Leases that can't be read are the next start's to refuse.
+		o.leases, _ = network.Leases{Dir: o.layout.Leases(), Subnet: subnet}.ByVM()
+	})
+	a, ok := o.leases[vm]
+	return a, ok
 }
 
 func (o *outlook) digest(image string) string {

@@ -224,6 +224,22 @@ func (l Leases) Lookup(vm string) (netip.Addr, bool, error) {
 	return netip.Addr{}, false, nil
 }
 
+// ByVM returns the address that each VM holds within the subnet: what Lookup says,
+// of all of them at once.
+func (l Leases) ByVM() (map[string]netip.Addr, error) {
+	all, err := l.List()
+	if err != nil {
+		return nil, err
+	}
+	held := make(map[string]netip.Addr, len(all))
+	for a, vm := range all {
+		if other, ok := held[vm]; l.usable(a) && (!ok || a.Less(other)) {
+			held[vm] = a
+		}
+	}
+	return held, nil
+}
+
 // Release gives back whatever the VM holds; nothing is no error.
 func (l Leases) Release(vm string) error {
 	all, err := l.List()

@@ -37,6 +37,14 @@ func TestLease(t *testing.T) {
 	if all := get(l.List())(t); len(all) != 1 || all[wanted] != "one" {
 		t.Error("the former address is held still:", all)
 	}
+	must(t, os.Symlink("two", filepath.Join(l.Dir, "192.168.83.9")))
+	must(t, os.Symlink("two", filepath.Join(l.Dir, "192.168.83.8"))) // the lower one counts
+	must(t, os.Symlink("three", filepath.Join(l.Dir, "10.0.0.3")))   // of another subnet
+	if held := get(l.ByVM())(t); len(held) != 2 || held["one"] != wanted || held["two"].String() != "192.168.83.8" {
+		t.Error(held)
+	}
+	must(t, l.Release("two"))
+	must(t, l.Release("three"))
 	_, err := l.Acquire("two", wanted)
 	if !errors.Is(err, ErrTaken) || !strings.Contains(err.Error(), "held by VM one") {
 		t.Error(err)

@@ -70,27 +70,31 @@ func (b *Base) start(ctx context.Context, o Options, work string) (*Host, error)
 	if err := writeInitramfs(ctx, initrd, modules); err != nil {
 		return nil, err
 	}
-	disk, snapshot := filepath.Join(b.dir, rootDisk), "on"
 	if o.Disk != "" {
-		disk, snapshot = o.Disk, "off"
 		if err := ensureCopy(ctx, o.Disk, filepath.Join(b.dir, rootDisk)); err != nil {
 			return nil, err
 		}
 	}
-	ours, theirs, err := socketpair()
+	conn, theirs, err := socketpair()
 	if err != nil {
 		return nil, err
 	}
 	defer theirs.Close()
-	conn, err := net.FileConn(ours)
-	if err = errors.Join(err, ours.Close()); err != nil {
-		return nil, err
-	}
 	h := &Host{work: work, conn: conn, stderr: &tail{limit: 4 << 10}, console: &tail{limit: 64 << 10, to: o.Console}, done: make(chan struct{})}
-	cmd := b.command(o, kernel, initrd, disk, snapshot)
+	cmd := b.command(o, kernel, initrd)
 	cmd.Stdout = h.console
 	cmd.Stderr = h.stderr
-	cmd.ExtraFiles = []*os.File{theirs}
+	cmd.ExtraFiles = []*os.File{theirs} // controlFD
+	if o.Loss != nil {
+		served, theirs, err := h.attachDisk(o)
+		if err != nil {
+			return nil, errors.Join(err, conn.Close())
+		}
+		defer theirs.Close()
+		// It ends with QEMU, also with one that doesn't start: theirs is closed then.
+		go h.disk.serve(served)
+		cmd.ExtraFiles = append(cmd.ExtraFiles, theirs) // diskFD
+	}
 	started := make(chan error)
 	// The parent-death signal comes when the thread that started the process ends, so this one stays.
 	go func() {
@@ -109,8 +113,38 @@ func (b *Base) start(ctx context.Context, o Options, work string) (*Host, error)
 	return h, nil
 }
 
+// attachDisk gives the host its disk with a write cache, and the two ends of its connection.
+func (h *Host) attachDisk(o Options) (ours net.Conn, theirs *os.File, err error) {
+	if h.disk, err = openWriteCache(o.Disk); err != nil {
+		return nil, nil, err
+	}
+	h.loss = o.Loss
+	if ours, theirs, err = socketpair(); err != nil {
+		return nil, nil, errors.Join(err, h.disk.file.Close())
+	}
+	return ours, theirs, nil
+}
+
+// What QEMU is given as descriptors: the first ones after the standard streams.
+const (
+	controlFD = 3
+	diskFD    = 4
+)
+
+// drive is QEMU's options for the server's disk.
+func (b *Base) drive(o Options) []string {
+	switch {
+	case o.Loss != nil:
+		return []string{"-blockdev", fmt.Sprintf("driver=nbd,node-name=disk,server.type=fd,server.str=%d", diskFD),
+			"-device", "virtio-blk-pci,drive=disk,write-cache=on"}
+	case o.Disk != "":
+		return []string{"-drive", "file=" + o.Disk + ",format=raw,if=virtio,cache=unsafe,discard=unmap"}
+	}
+	return []string{"-drive", "file=" + filepath.Join(b.dir, rootDisk) + ",format=raw,if=virtio,cache=unsafe,discard=unmap,snapshot=on"}
+}
+
 // command is QEMU with the root's own libraries and firmware.
-func (b *Base) command(o Options, kernel, initrd, disk, snapshot string) *exec.Cmd {
+func (b *Base) command(o Options, kernel, initrd string) *exec.Cmd {
 	qemu := b.qemu()
 	env := []string{"LANG=C", "PATH=/usr/bin:/bin", "TMPDIR=/var/tmp", "QEMU_MODULE_DIR=" + filepath.Join(qemu, "lib")}
 	var preload []string
@@ -125,11 +159,11 @@ func (b *Base) command(o Options, kernel, initrd, disk, snapshot string) *exec.C
 		"-smp", strconv.Itoa(o.VCPUs), "-m", strconv.Itoa(o.MemoryMB),
 		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none", "-no-reboot", "-serial", "stdio",
 		"-kernel", kernel, "-initrd", initrd, "-append", kernelOptions,
-		"-drive", "file="+disk+",format=raw,if=virtio,cache=unsafe,discard=unmap,snapshot="+snapshot,
 		"-device", "virtio-rng-pci",
-		"-device", "virtio-serial-pci", "-chardev", "socket,id=control,fd=3",
+		"-device", "virtio-serial-pci", "-chardev", fmt.Sprintf("socket,id=control,fd=%d", controlFD),
 		"-device", "virtserialport,chardev=control,name="+wire.PortName,
 		"-accel", "tcg,thread=multi")
+	args = append(args, b.drive(o)...)
 	cmd := exec.Command(filepath.Join(qemu, "lib", loader), args...)
 	cmd.Env = env
 	// A group of its own, for a terminal's ^C is not the server's; and no session, which the kernel would schedule
@@ -220,12 +254,18 @@ func (h *Host) connect(ctx context.Context, o Options) error {
 	return err
 }
 
-func socketpair() (ours, theirs *os.File, err error) {
+func socketpair() (ours net.Conn, theirs *os.File, err error) {
 	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("cannot make a socket pair: %w", err)
 	}
-	return os.NewFile(uintptr(fds[0]), "test's end"), os.NewFile(uintptr(fds[1]), "QEMU's end"), nil
+	f := os.NewFile(uintptr(fds[0]), "test's end")
+	theirs = os.NewFile(uintptr(fds[1]), "QEMU's end")
+	ours, err = net.FileConn(f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return nil, nil, errors.Join(err, theirs.Close())
+	}
+	return ours, theirs, nil
 }
 
 // shutdownLimit bounds an orderly poweroff; killLimit what a killed QEMU takes to end.

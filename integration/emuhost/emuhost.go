@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"testing"
 	"time"
@@ -36,6 +37,11 @@ type Options struct {
 	// Disk keeps what the server writes: a path, made as a copy of the root if it isn't there. Boot it again
 	// after Close or Kill, and it is as after a reboot or a power failure. "": everything is forgotten.
 	Disk string
+
+	// Loss gives the disk a volatile write cache, as real ones have, and draws what Kill loses of it: about half of the pages
+	// that the server has not flushed, whichever was written first. nil: Kill loses what the server had not given
+	// to its disk yet, and no more. It takes a Disk.
+	Loss *rand.Rand
 
 	// Slow makes a second of the server's clock so many of the machine's, for what has time limits that an
 	// emulated processor doesn't keep. It takes one CPU and Debian's libfaketime on the machine. 0: the machine's time.
@@ -115,6 +121,9 @@ func (o *Options) fill() error {
 			return fmt.Errorf("%w: Debian's package libfaketime, which makes the server's clock slow, is not installed: %w", ErrUnavailable, err)
 		}
 		o.VCPUs = 1 // see slowClock
+	}
+	if o.Loss != nil && o.Disk == "" {
+		return errors.New("cannot lose power on a disk that is not kept: name a Disk")
 	}
 	if o.Slow < 0 || o.VCPUs < 0 || o.MemoryMB < 512 {
 		return fmt.Errorf("cannot emulate a host with %d CPUs and %d MiB, %d times slower", o.VCPUs, o.MemoryMB, o.Slow)

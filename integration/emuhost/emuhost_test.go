@@ -3,6 +3,7 @@ package emuhost
 import (
 	"bytes"
 	"context"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -87,17 +88,35 @@ type writerFunc func([]byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
 
-func TestPowerFailureKeepsTheDisk(t *testing.T) {
+// TestPowerFailure fails the power of a server that has synced a file, overwritten another without a sync, beyond its own
+// page cache, and written a third that no disk has heard of.
+func TestPowerFailure(t *testing.T) {
 	disk := filepath.Join(t.TempDir(), "disk")
-	h := Start(t, Options{Disk: disk})
-	h.Must(t, "sh", "-c", "echo kept >/root/file && sync")
-	if err := h.Kill(); err != nil {
+	h := Start(t, Options{Disk: disk, Loss: rand.New(rand.NewPCG(1, 2))})
+	h.Must(t, "sh", "-ec", `
+		echo kept >/root/file
+		head -c 4M /dev/zero >/root/overwritten
+		sync
+		head -c 4M /dev/zero | tr '\0' x | dd of=/root/overwritten bs=1M iflag=fullblock oflag=direct conv=notrunc 2>/dev/null
+		echo lost >/root/other`)
+	cached, lost, err := h.PowerOff()
+	if err != nil {
 		t.Fatal(err)
 	}
+	t.Logf("%d of %d pages are lost", lost, cached)
 	again := Start(t, Options{Disk: disk})
 	if got := again.Must(t, "cat", "/root/file"); got != "kept\n" {
-		t.Errorf("got %q", got)
+		t.Errorf("what was synced is %q", got)
 	}
+	const pages = 4 << 20 / cachePage
+	if cached < pages || lost < pages/4 || lost > cached*3/4 {
+		t.Errorf("%d of %d pages are lost, of at least %d", lost, cached, pages)
+	}
+	written := strings.Count(again.Must(t, "cat", "/root/overwritten"), strings.Repeat("x", cachePage))
+	if written < pages/4 || written > pages*3/4 {
+		t.Errorf("%d of %d pages were written, want about a half", written, pages)
+	}
+	again.Must(t, "sh", "-c", "! test -s /root/other")
 }
 
 func TestKeySaysWhatIsInTheRoot(t *testing.T) {

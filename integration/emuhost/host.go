@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -28,6 +29,8 @@ type Host struct {
 	session *smux.Session
 	console *tail
 	stderr  *tail
+	disk    *writeCache // nil without Options.Loss
+	loss    *rand.Rand
 
 	done   chan struct{} // closed when QEMU has ended
 	waited error         // how; after done
@@ -244,6 +247,24 @@ func (h *Host) Close() error {
 
 // Kill ends the host like a power failure.
 func (h *Host) Kill() error {
+	_, _, err := h.PowerOff()
+	return err
+}
+
+// PowerOff is Kill, and says how many pages of 4 KiB were in the disk's write cache and how many of them are lost. Both are
+// 0 without Options.Loss, and for a host that has ended already.
+func (h *Host) PowerOff() (cached, lost int, err error) {
+	if h.disk != nil {
+		select {
+		case <-h.done:
+		default:
+			cached, lost, err = h.disk.powerOff(h.loss)
+		}
+	}
+	return cached, lost, errors.Join(err, h.kill())
+}
+
+func (h *Host) kill() error {
 	if err := h.process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("cannot kill QEMU: %w", err)
 	}
@@ -264,6 +285,10 @@ func (h *Host) cleanUp() (err error) {
 		}
 		if errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrClosedPipe) {
 			err = nil
+		}
+		if h.disk != nil {
+			<-h.disk.done
+			err = errors.Join(err, h.disk.served)
 		}
 		err = errors.Join(err, os.RemoveAll(h.work))
 	})

@@ -2,11 +2,11 @@ package soak
 
 import (
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -22,22 +22,8 @@ const (
 	bothMemory = 12 << 20
 )
 
-// setting is a number of the environment.
-func setting(t *testing.T, name string, otherwise int) int {
-	t.Helper()
-	text := os.Getenv(name)
-	if text == "" {
-		return otherwise
-	}
-	n, err := strconv.Atoi(text)
-	if err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	return n
-}
-
-// TestListOfAThousand lists a thousand VMs on a subnet that has room for them. The
-// quickest of ten counts.
+// TestListOfAThousand lists a thousand VMs, each with an address of a subnet that
+// has room for them. The quickest of ten counts.
 func TestListOfAThousand(t *testing.T) {
 	const number = 1000
 	shared := world.New(t)
@@ -48,6 +34,16 @@ func TestListOfAThousand(t *testing.T) {
 	host := filepath.Join(w.Root, "etc/clawvm/clawvm.yaml")
 	if err := os.WriteFile(host, []byte("bridge: wide\naddress: 10.20.0.1/16\nuidBase: 3000000000\n"), 0o644); err != nil {
 		t.Fatal(err)
+	}
+	leases := filepath.Join(w.Root, "var/lib/clawvm/leases")
+	if err := os.MkdirAll(leases, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for i := range number {
+		a := netip.AddrFrom4([4]byte{10, 20, byte(i/250 + 1), byte(i%250 + 1)})
+		if err := os.Symlink(fmt.Sprintf("vm-%d", i), filepath.Join(leases, a.String())); err != nil {
+			t.Fatal(err)
+		}
 	}
 	var wall, work []time.Duration
 	for range 10 {
@@ -60,8 +56,8 @@ func TestListOfAThousand(t *testing.T) {
 		}
 		wall = append(wall, time.Since(began))
 		work = append(work, cmd.ProcessState.UserTime()+cmd.ProcessState.SystemTime())
-		if n := strings.Count(string(out), "vm-"); n != number {
-			t.Fatalf("%d VMs are listed, not %d", n, number)
+		if n, leased := strings.Count(string(out), "vm-"), strings.Count(string(out), " 10.20."); n != number || leased != number {
+			t.Fatalf("%d VMs are listed, %d with an address, not %d", n, leased, number)
 		}
 	}
 	slices.Sort(wall)
@@ -107,7 +103,7 @@ func TestManyVMs(t *testing.T) {
 	w := world.New(t)
 	w.PrepareStore(t)
 	const each, reserve = 260 << 20, 2 << 30 // bytes: guest, VMM, virtiofsd, supervisor and gate; what others need
-	number := setting(t, "CLAWVM_SOAK_VMS", 3)
+	number := Number(t, "CLAWVM_SOAK_VMS", 3)
 	if room := int((available(t) - reserve) / each); room < number {
 		t.Logf("the machine has room for %d VMs, not %d", room, number)
 		number = room
@@ -166,7 +162,7 @@ func available(t *testing.T) int64 {
 func TestNothingGrows(t *testing.T) {
 	w := world.New(t)
 	w.PrepareStore(t)
-	minutes := setting(t, "CLAWVM_SOAK_MINUTES", 1)
+	minutes := Number(t, "CLAWVM_SOAK_MINUTES", 1)
 	port := 18095
 	declare := func() {
 		w.Declare(t, "loop", fmt.Sprintf(smallVM, world.VMM())+fmt.Sprintf("ports: [\"127.0.0.1:%d:8080\"]\n", port))

@@ -1,24 +1,15 @@
-// Package soak kills VMs at random for hours, and loads a host with as many as it
-// bears. `make soak` runs it at length; `make test` runs ten rounds.
-//
-//	CLAWVM_SOAK_SEED    what the rounds are drawn from; printed, and 0 for a new one
-//	CLAWVM_SOAK_ROUNDS  how many rounds there are in all
-//	CLAWVM_SOAK_STATE   a file that keeps seed and rounds done: run it again to go on
 package soak
 
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -32,102 +23,16 @@ func TestMain(m *testing.M) { world.Main(m) }
 // rounds is how many there are when nobody says otherwise: three minutes.
 const rounds = 10
 
-// soakVM has every layer. Its workload appends numbered records to the volume,
-// nine bytes each, and says of each when it is synced; what a kill tore off is cut
-// off at its next start, as any journal does. A reload moves the published port.
-const soakVM = `
-image: small
-vmm: %s
-vcpus: 1
-memory: 128MiB
-overlay: {size: 32MiB}
-nameservers: [203.0.113.1]
-volumes:
-  - {name: state, mount: /var/lib/state, size: 32MiB}
-secrets:
-  made: {generate: 32}
-ports: ["127.0.0.1:%d:8080"]
-run:
-  argv: [sh, /srv/writer]
-  user: app
-  ready: {tcp: 8080}
-  stop: {timeout: 5s}
-`
-
-// writer is the workload.
-const writer = `
-f=/var/lib/state/records
-touch $f
-n=$(($(stat -c %s $f) / 9))
-truncate -s $((n * 9)) $f
-httpd -f -p 8080 -h /srv/www &
-while :; do
-	n=$((n + 1))
-	printf '%08d\n' $n | dd of=$f oflag=append conv=notrunc,fsync 2>/dev/null || exit 1
-	echo "synced $n"
-	usleep 50000
-done
-`
-
-// state is what a run that goes on needs.
-type state struct {
-	Seed  uint64 `json:"seed"`
-	Done  int    `json:"done"`
-	Kills map[string]int
-}
-
-func loadState(t *testing.T) (s *state, total int, save func()) {
-	t.Helper()
-	s = &state{Kills: map[string]int{}}
-	number := func(name string, otherwise uint64) uint64 {
-		text := os.Getenv(name)
-		if text == "" {
-			return otherwise
-		}
-		n, err := strconv.ParseUint(text, 10, 64)
-		if err != nil {
-			t.Fatalf("%s: %v", name, err)
-		}
-		return n
-	}
-	total = int(number("CLAWVM_SOAK_ROUNDS", rounds))
-	s.Seed = number("CLAWVM_SOAK_SEED", 0)
-	if s.Seed == 0 {
-		s.Seed = uint64(time.Now().UnixNano())
-	}
-	file := os.Getenv("CLAWVM_SOAK_STATE")
-	if file == "" {
-		return s, total, func() {}
-	}
-	raw, err := os.ReadFile(file)
-	if err == nil {
-		err = json.Unmarshal(raw, s)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		t.Fatal(err)
-	}
-	return s, total, func() {
-		raw, err := json.Marshal(s)
-		if err == nil {
-			err = os.WriteFile(file+".new", raw, 0o644)
-		}
-		if err = errors.Join(err, os.Rename(file+".new", file)); err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 // TestKilledAtRandom kills a random process of a VM at a random moment of what is
 // done with it, round after round. After each, one `up` works, the volume holds
 // every record that was reported as synced, and after `down` the host is as it
 // was before.
 func TestKilledAtRandom(t *testing.T) {
 	w := world.New(t)
-	w.PrepareStore(t, map[string]string{"srv/writer": writer})
-	s, total, save := loadState(t)
-	t.Logf("seed %d (CLAWVM_SOAK_SEED), rounds %d to %d", s.Seed, s.Done+1, total)
+	w.PrepareStore(t, Image)
+	s := LoadRounds(t, "", Number(t, "CLAWVM_SOAK_ROUNDS", rounds))
 	port := 18090
-	declare := func() { w.Declare(t, "soak", fmt.Sprintf(soakVM, world.VMM(), port)) }
+	declare := func() { w.Declare(t, "soak", Declaration(world.VMM(), port)) }
 	declare()
 	t.Cleanup(func() { w.Clawvm(t, "down", "--timeout", "1s", "soak") })
 	w.Must(t, "up", "soak")
@@ -138,8 +43,8 @@ func TestKilledAtRandom(t *testing.T) {
 	clean := w.Snapshot(t)
 	r := round{w: w}
 
-	for s.Done < total {
-		r.rnd = rand.New(rand.NewPCG(s.Seed, uint64(s.Done)))
+	for s.Done < s.Total {
+		r.rnd = s.Draw()
 		moment := moments[r.rnd.IntN(len(moments))]
 		victim := victims[r.rnd.IntN(len(victims))]
 		began := time.Now()
@@ -168,9 +73,7 @@ func TestKilledAtRandom(t *testing.T) {
 		if t.Failed() {
 			t.Fatal(what)
 		}
-		s.Done++
-		s.Kills[moment.name+"/"+victim]++
-		save()
+		s.Finish(t, moment.name+"/"+victim)
 		t.Logf("%s (%s, %d records)", what, time.Since(began).Round(100*time.Millisecond), r.synced)
 	}
 }
@@ -288,26 +191,9 @@ func (r *round) verify(t *testing.T, what string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for line := range strings.Lines(string(text)) {
-			// The line's time stands before it.
-			_, said, found := strings.Cut(strings.TrimRight(line, "\n"), "synced ")
-			if n, err := strconv.Atoi(said); found && err == nil {
-				r.synced = max(r.synced, n)
-			}
-		}
+		r.synced = max(r.synced, Synced(string(text)))
 	}
-	if r.synced == 0 {
-		t.Fatalf("%s: no record was reported as synced: nothing is proved", what)
-	}
-	text := r.w.Must(t, "exec", "soak", "cat", "/var/lib/state/records")
-	lines := strings.Split(text, "\n")
-	lines = lines[:len(lines)-1] // the rest behind the last newline may be being written
-	for i, line := range lines {
-		if line != fmt.Sprintf("%08d", i+1) {
-			t.Fatalf("%s: record %d is %q", what, i+1, line)
-		}
-	}
-	if len(lines) < r.synced {
-		t.Fatalf("%s: %d records, and %d were reported as synced", what, len(lines), r.synced)
+	if err := Check(r.w.Must(t, "exec", "soak", "cat", Records), r.synced); err != nil {
+		t.Fatalf("%s: %v", what, err)
 	}
 }

@@ -2,7 +2,6 @@ package world
 
 import (
 	"fmt"
-	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,20 +61,39 @@ func withoutCarrier(line string) string {
 // the things do.
 func (w *World) Snapshot(t testing.TB) map[string][]string {
 	t.Helper()
-	run := func(argv ...string) []string {
+	shot, err := Look(w.Root, func(argv ...string) (string, error) {
 		out, err := exec.Command(argv[0], argv[1:]...).CombinedOutput()
-		if err != nil {
-			t.Fatalf("%v: %v\n%s", argv, err, out)
-		}
-		return strings.Split(strings.TrimSpace(string(out)), "\n")
+		return string(out), err
+	})
+	if err != nil {
+		t.Fatal(err)
 	}
-	shot := map[string][]string{
-		"links":      run("ip", "-br", "link"),
-		"addresses":  run("ip", "-br", "addr"),
-		"neighbours": run("ip", "neigh", "show", "nud", "permanent"),
-		"rules":      run("nft", "list", "ruleset"),
-		"policy":     run("ip", "rule"),
-		"listeners":  run("sh", "-c", "ss -tulnH | awk '{print $1, $5}' | sort"),
+	return shot
+}
+
+// Look is the snapshot of a host on which run runs commands, and of the clawvm
+// root there.
+func Look(root string, run func(argv ...string) (output string, err error)) (map[string][]string, error) {
+	dirs := []string{"find"}
+	for _, d := range []string{"run/clawvm", "var/lib/clawvm/vms", "var/lib/clawvm/leases"} {
+		dirs = append(dirs, filepath.Join(root, d))
+	}
+	shot := map[string][]string{}
+	for kind, argv := range map[string][]string{
+		"links":      {"ip", "-br", "link"},
+		"addresses":  {"ip", "-br", "addr"},
+		"neighbours": {"ip", "neigh", "show", "nud", "permanent"},
+		"rules":      {"nft", "list", "ruleset"},
+		"policy":     {"ip", "rule"},
+		"listeners":  {"sh", "-c", "ss -tulnH | awk '{print $1, $5}' | sort"},
+		"mounts":     {"cat", "/proc/self/mounts"},
+		"files":      append(dirs, "-printf", `%y %p\n`),
+	} {
+		out, err := run(argv...)
+		if err != nil {
+			return nil, fmt.Errorf("%v: %w\n%s", argv, err, out)
+		}
+		shot[kind] = strings.Split(strings.TrimSpace(out), "\n")
 	}
 	// Whose connections are counted changes with what the VMs do.
 	shot["rules"] = slices.DeleteFunc(shot["rules"], func(line string) bool {
@@ -86,28 +104,17 @@ func (w *World) Snapshot(t testing.TB) map[string][]string {
 			shot[kind][i] = withoutCarrier(line)
 		}
 	}
-	mounts, err := os.ReadFile("/proc/self/mounts")
-	if err != nil {
-		t.Fatal(err)
-	}
-	shot["mounts"] = strings.Split(strings.TrimSpace(string(mounts)), "\n")
-	for _, dir := range []string{"run", "var/lib/clawvm/vms", "var/lib/clawvm/leases"} {
-		err := filepath.WalkDir(filepath.Join(w.Root, dir), func(path string, d fs.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			shot["files"] = append(shot["files"], d.Type().String()+" "+path)
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	return shot
+	return shot, nil
 }
 
 // Compare fails the test for each difference between two snapshots.
 func (w *World) Compare(t testing.TB, want, got map[string][]string) {
+	t.Helper()
+	Compare(t, want, got)
+}
+
+// Compare fails the test for each difference between two snapshots.
+func Compare(t testing.TB, want, got map[string][]string) {
 	t.Helper()
 	for kind := range want {
 		for _, line := range got[kind] {

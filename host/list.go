@@ -110,16 +110,23 @@ func List(ctx context.Context, l Layout) ([]Entry, error) {
 	enabled := enabledVMs(l)
 	entries := make([]Entry, len(list))
 	next := newOutlook(l)
-	slots := make(chan struct{}, listParallel)
+	// A worker for many VMs, and not one for each: reading YAML goes deep, and each
+	// would grow a stack of its own for it.
+	work := make(chan int)
 	var wg sync.WaitGroup
-	for i, name := range list {
-		slots <- struct{}{}
+	for range min(listParallel, len(list)) {
 		wg.Go(func() {
-			entries[i] = look(ctx, l, name, mayRun[name], hostConfig, hostErr, next)
-			entries[i].Declared, entries[i].Enabled = all[name], enabled[name]
-			<-slots
+			for i := range work {
+				name := list[i]
+				entries[i] = look(ctx, l, name, mayRun[name], hostConfig, hostErr, next)
+				entries[i].Declared, entries[i].Enabled = all[name], enabled[name]
+			}
 		})
 	}
+	for i := range list {
+		work <- i
+	}
+	close(work)
 	wg.Wait()
 	return entries, nil
 }

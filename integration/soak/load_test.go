@@ -16,7 +16,7 @@ import (
 
 const (
 	listLimit = 100 * time.Millisecond // of ls, with a thousand declared, where nothing else runs
-	listWork  = 500 * time.Millisecond // of processor time, which others' caches and threads can double
+	listWork  = 250 * time.Millisecond // of processor time; some 85 ms, which others' caches and threads can double
 	// bothMemory is what supervisor and gate of one VM may hold together, of their
 	// own (RssAnon), in bytes.
 	bothMemory = 12 << 20

@@ -23,7 +23,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/clawvm/clawvm/durable"
+	"github.com/clawvm/clawvm/internal/durable"
 )
 
 // Number is a whole number of the environment.

@@ -82,6 +82,17 @@ func TestHardened(t *testing.T) {
 	}
 }
 
+// A user namespace, which virtiofsd makes for a share that can be written, can't
+// mount /proc where a part of it is covered (mount_namespaces(7)). These cover some.
+func TestProcIsWhole(t *testing.T) {
+	text := unit(t, "clawvm@.service")
+	for _, covers := range []string{"ProtectKernelLogs", "ProtectHostname", "ProtectKernelTunables", "ProcSubset"} {
+		if regexp.MustCompile(`(?m)^` + covers + `=`).MatchString(text) {
+			t.Errorf("the unit has %s=, with which no share can be written", covers)
+		}
+	}
+}
+
 // The codes for which trying again is no use are those of package host.
 func TestExitCodes(t *testing.T) {
 	m := regexp.MustCompile(`(?m)^RestartPreventExitStatus=(.*)$`).FindStringSubmatch(unit(t, "clawvm@.service"))

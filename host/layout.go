@@ -269,9 +269,6 @@ func (p Paths) VMM() string { return filepath.Join(p.Run, "vmm") }
 // mount namespace only.
 func (p Paths) Secrets() string { return filepath.Join(p.Run, "secrets") }
 
-// Shares is the directory of the mount points that virtiofsd serves.
-func (p Paths) Shares() string { return filepath.Join(p.Run, "shares") }
-
 // Initramfs is the initramfs with this start's boot document.
 func (p Paths) Initramfs() string { return filepath.Join(p.Run, "initramfs") }
 

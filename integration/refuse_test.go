@@ -341,19 +341,7 @@ func (r *refuser) refuse(t *testing.T, c refusal) {
 		}
 	}
 	text := fmt.Sprintf("$ clawvm %s\n%s%sexit code %d\n", strings.Join(c.args, " "), got.stdout, got.stderr, got.code)
-	golden := filepath.Join("testdata/refuse", c.name+".golden")
-	if *updateGolden {
-		if err := os.WriteFile(golden, []byte(r.conceal(text)), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if have := r.conceal(text); have != string(want) {
-		t.Errorf("it says\n%s\nwant\n%s", have, want)
-	}
+	sameAsFile(t, filepath.Join("testdata/refuse", c.name+".golden"), r.conceal(text))
 }
 
 // try runs the command, in a mount namespace of its own where the case changes

@@ -81,24 +81,6 @@ func (r Rules) Remove(vm string, a netip.Addr) error {
 	return nil
 }
 
-// Present says whether all that Ensure makes for the VM is there. It changes
-// nothing and waits for nobody.
-func (r Rules) Present(g Guest) (bool, error) {
-	g, err := g.filled(r.Bridge)
-	present := false
-	if err == nil {
-		err = reading(func(k *rulesReader) error {
-			p, err := ensureRules(k, r.Bridge, &g)
-			present = err == nil && p.empty()
-			return err
-		})
-	}
-	if err != nil {
-		return false, fmt.Errorf("cannot look for the rules of VM %s: %w", g.VM, err)
-	}
-	return present, nil
-}
-
 // List returns the VMs that have chains, with the address that leads there; it
 // is not valid when none does. For finding what was left over.
 func (r Rules) List() (map[string]netip.Addr, error) {

@@ -498,3 +498,21 @@ func TestCostOfAChange(t *testing.T) {
 			took(func() error { _, err := r.Present(g); return err }), took(func() error { return r.Remove(g.VM, g.Address) }))
 	}
 }
+
+// Present says whether all that Ensure makes for the VM is there. It changes
+// nothing and waits for nobody.
+func (r Rules) Present(g Guest) (bool, error) {
+	g, err := g.filled(r.Bridge)
+	present := false
+	if err == nil {
+		err = reading(func(k *rulesReader) error {
+			p, err := ensureRules(k, r.Bridge, &g)
+			present = err == nil && p.empty()
+			return err
+		})
+	}
+	if err != nil {
+		return false, fmt.Errorf("cannot look for the rules of VM %s: %w", g.VM, err)
+	}
+	return present, nil
+}

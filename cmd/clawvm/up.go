@@ -228,8 +228,8 @@ func failed(ctx context.Context, l host.Layout, name, why string, began time.Tim
 	for _, log := range []struct{ what, path string }{
 		{"the console", p.ConsoleLog()}, {"the workload", p.WorkloadLog()}, {"the VMM", p.VMMLog()},
 	} {
-		if st, err := os.Lstat(log.path); err != nil || st.ModTime().Before(began) {
-			continue // nothing was said, or by an earlier start
+		if st, err := os.Lstat(log.path); err != nil || st.ModTime().Before(began) || st.ModTime().After(time.Now().Add(time.Minute)) {
+			continue // nothing was said, or by an earlier start, be it of before the clock was set back
 		}
 		lines, err := host.Tail(log.path, lastLines)
 		if err != nil {

@@ -213,6 +213,24 @@ func checkAllowPorts(ports []uint16) (sorted []uint16, wrong, want string) {
 	return sorted, "", ""
 }
 
+const wantPrivate = "egress.allowPrivate: true beside it"
+
+// private says what is private about the entry's addresses, or nothing.
+func (a Allow) private() string {
+	if what, private := specialAddress(a.Prefix); a.Name == "" && private {
+		return what
+	}
+	return ""
+}
+
+// CheckPrivate is an error when the entry is of private addresses, and those aren't allowed.
+func (a Allow) CheckPrivate(allowed bool) error {
+	if what := a.private(); what != "" && !allowed {
+		return fmt.Errorf("%s is %s; want %s", a.Prefix, what, wantPrivate)
+	}
+	return nil
+}
+
 // checkNetwork looks at addresses that are to be allowed; private ones are crossCheck's, which knows allowPrivate.
 func checkNetwork(p netip.Prefix) (netip.Prefix, string, string) {
 	switch {

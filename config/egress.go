@@ -40,8 +40,8 @@ func (d *decoder) allow(n *node, path string, private bool) []Allow {
 	d.items(n, path, "a list of names, networks and bundles", func(n *node, p string) {
 		entries := d.allowEntry(n, p)
 		for _, a := range entries {
-			if what, isPrivate := specialAddress(a.Prefix); a.Name == "" && isPrivate && !private {
-				d.fail(n.place, p, a.Prefix.String()+" is "+what, "egress.allowPrivate: true beside it")
+			if what := a.private(); what != "" && !private {
+				d.fail(n.place, p, a.Prefix.String()+" is "+what, wantPrivate)
 				continue
 			}
 			text := a.String()

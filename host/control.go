@@ -2,6 +2,7 @@ package host
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"strconv"
 	"time"
@@ -16,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/clawvm/clawvm/config"
+	"github.com/clawvm/clawvm/host/gate"
 )
 
 // Status is what a supervisor says of its VM.
@@ -144,6 +147,22 @@ func serveControl(path string, s *Supervisor) (*control, error) {
 		}
 		s.answer(w, done)
 	})
+	for how, method := range map[string]string{reachShow: "GET", reachAllow: "POST", reachDeny: "POST"} {
+		mux.HandleFunc(method+" /v1/reach/"+how, func(w http.ResponseWriter, r *http.Request) {
+			keep, err := strconv.ParseInt(cmp.Or(r.FormValue("for"), "0"), 10, 64)
+			if err != nil || keep < 0 {
+				http.Error(w, "for: milliseconds are wanted", http.StatusBadRequest)
+				return
+			}
+			by := gate.Printable(r.FormValue("by"), callerMax)
+			reach, err := s.changeReach(r.Context(), how, r.Form["entry"], time.Duration(keep)*time.Millisecond, by)
+			if err != nil {
+				refuse(w, err)
+				return
+			}
+			s.answer(w, reach)
+		})
+	}
 	for what, do := range map[string]func(context.Context) (bool, error){"pause": s.pause, "resume": s.resume} {
 		mux.HandleFunc("POST /v1/"+what, func(w http.ResponseWriter, r *http.Request) {
 			changed, err := do(r.Context())
@@ -170,6 +189,9 @@ func (s *Supervisor) answer(w http.ResponseWriter, v any) {
 		s.logf("cannot answer a request: %v", err)
 	}
 }
+
+// callerMax bounds the name of who asked, for the log.
+const callerMax = 64
 
 // exitHeader carries the exit code that an error stands for.
 const exitHeader = "Clawvm-Exit-Code"
@@ -361,6 +383,31 @@ func (c *Client) Declaration(ctx context.Context) ([]config.Field, error) {
 func (c *Client) Reload(ctx context.Context) (Reload, error) {
 	var r Reload
 	err := c.question(ctx, "POST", "reload", &r)
+	return r, err
+}
+
+// Reach asks what the VM may reach now.
+func (c *Client) Reach(ctx context.Context) (Reach, error) {
+	var r Reach
+	err := c.question(ctx, "GET", "reach/"+reachShow, &r)
+	return r, err
+}
+
+// Allow lets the VM reach more for a time, 0 is until it is taken down, and returns
+// what it may reach then. by is who asked, for the log.
+func (c *Client) Allow(ctx context.Context, entries []string, keep time.Duration, by string) (Reach, error) {
+	return c.changeReach(ctx, reachAllow, url.Values{"entry": entries, "for": {strconv.FormatInt(keep.Milliseconds(), 10)}, "by": {by}})
+}
+
+// Deny takes entries away from what the VM may reach, until it is taken down, and
+// returns what is left.
+func (c *Client) Deny(ctx context.Context, entries []string, by string) (Reach, error) {
+	return c.changeReach(ctx, reachDeny, url.Values{"entry": entries, "by": {by}})
+}
+
+func (c *Client) changeReach(ctx context.Context, how string, v url.Values) (Reach, error) {
+	var r Reach
+	err := c.question(ctx, "POST", "reach/"+how+"?"+v.Encode(), &r)
 	return r, err
 }
 

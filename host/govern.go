@@ -2,6 +2,7 @@ package host
 
 import (
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -10,13 +11,17 @@ import (
 	"github.com/clawvm/clawvm/network/egress/policy"
 )
 
-// policySpec is what a declaration lets the VM reach. The gate decides by it, and
+// policySpec is what a declaration, and the owner beside it, lets the VM reach. The gate decides by it, and
 // the supervisor checks by it.
 func (l *life) policySpec(vm *config.VM) policy.Spec {
-	return policy.Spec{
-		VM: l.name, Mode: policy.Mode(vm.Egress.Mode), Rules: vm.Egress.Allow, AllowPrivate: vm.Egress.AllowPrivate,
+	s := policy.Spec{
+		VM: l.name, Mode: policy.Mode(vm.Egress.Mode), AllowPrivate: vm.Egress.AllowPrivate,
 		Own: []netip.Prefix{l.hostConfig.Address.Masked()},
 	}
+	if s.Mode == policy.Allowlist {
+		s.Rules = l.exceptions.list(vm.Egress.Allow, time.Now())
+	}
+	return s
 }
 
 // protocolNumbers are the numbers of the protocols that a rule can name.

@@ -12,7 +12,6 @@ import (
 
 	"github.com/clawvm/clawvm/config"
 	"github.com/clawvm/clawvm/host/gate"
-	"github.com/clawvm/clawvm/network/egress"
 	"github.com/clawvm/clawvm/secrets"
 )
 
@@ -121,8 +120,7 @@ func (l *life) adopt(vm *config.VM) (err error) {
 		return fmt.Errorf("cannot tell the gate: %w", err)
 	}
 	if governs {
-		// What was allowed when it began, and is not any more.
-		if _, err := egress.CutFlows(l.address, l.pins.keeps(l.hostConfig.Address.Addr())); err != nil {
+		if err := l.cutForbidden(); err != nil {
 			return err
 		}
 	}
@@ -147,12 +145,7 @@ func (l *life) tellGate(next *config.VM, ports *portPlan) error {
 		messages = append(messages, gate.Message{Kind: gate.Publish, Port: &to})
 	}
 	if !slices.Equal(l.vm.Nameservers, next.Nameservers) || !l.vm.Egress.Equal(next.Egress) {
-		how, err := memoryFile("naming", l.naming(next))
-		if err != nil {
-			return err
-		}
-		defer how.Close()
-		if err := l.gate.conn.SendFile(gate.Message{Kind: gate.Resolve}, how); err != nil {
+		if err := l.tellNaming(next); err != nil {
 			return err
 		}
 	}
@@ -168,6 +161,16 @@ func (l *life) tellGate(next *config.VM, ports *portPlan) error {
 		}
 	}
 	return nil
+}
+
+// tellNaming tells the gate how names are resolved, and what may be reached.
+func (l *life) tellNaming(vm *config.VM) error {
+	how, err := memoryFile("naming", l.naming(vm))
+	if err != nil {
+		return err
+	}
+	defer how.Close()
+	return l.gate.conn.SendFile(gate.Message{Kind: gate.Resolve}, how)
 }
 
 // portPlan is how the published ports become others.

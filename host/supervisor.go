@@ -36,10 +36,11 @@ type Supervisor struct {
 	lived    bool          // the VM was ready once
 	heard    time.Time     // when the guest's agent answered last
 
-	down     chan time.Duration // requests to end, with the guest's grace
-	wake     chan struct{}      // the next life is to begin now
-	requests chan request       // what else is asked of a running VM
-	first    *beginning         // of what every later life is made; the lives' own
+	down       chan time.Duration // requests to end, with the guest's grace
+	wake       chan struct{}      // the next life is to begin now
+	requests   chan request       // what else is asked of a running VM
+	exceptions exceptions         // what is reached beside the declaration
+	first      *beginning         // of what every later life is made; the lives' own
 
 	mu     sync.Mutex // guards what follows
 	status Status

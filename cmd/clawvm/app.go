@@ -102,6 +102,7 @@ func newApp() *cli.App {
 		},
 		Commands: []*cli.Command{
 			upCommand(), downCommand(), restartCommand(), reloadCommand(), pauseCommand(), resumeCommand(), rmCommand(),
+			allowCommand(), denyCommand(),
 			enableCommand(), disableCommand(),
 			lsCommand(), statusCommand(), logsCommand(), netCommand(), topCommand(),
 			execCommand(), shellCommand(), cpCommand(),

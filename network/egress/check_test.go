@@ -189,7 +189,7 @@ func TestAllowlistAnswersAddressesOnly(t *testing.T) {
 	}
 	for _, name := range []string{"b.test.", "x.a.test.", "test.", ".", "a.test.evil.", `a\.test.`, `x\.b.test.`} {
 		m := ask(name, dns.TypeA)
-		if m.Rcode != dns.RcodeNameError || ede(m) == nil || !strings.HasSuffix(ede(m).ExtraText, "(not in egress.allow)") {
+		if m.Rcode != dns.RcodeNameError || ede(m) == nil || !strings.Contains(ede(m).ExtraText, "(not in egress.allow)") {
 			t.Errorf("%s: %v", name, m)
 		}
 	}

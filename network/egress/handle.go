@@ -37,6 +37,7 @@ type refusal struct {
 	verdict string
 	reason  string // for the log, and the extended error's text when ede is set
 	ede     uint16 // RFC 8914; 0 is "other" and not used here
+	addable bool   // the owner could allow it
 }
 
 var (
@@ -131,7 +132,7 @@ func (s *server) refuse(x *exchange, from netip.Addr) *refusal {
 	v := s.policy.Name(x.question.name)
 	if !v.Allowed {
 		// NXDOMAIN and not REFUSED, because programs then fail at once; on REFUSED the C library says "try again".
-		return &refusal{rcode: dns.RcodeNameError, verdict: Refused, reason: v.Reason, ede: dns.ExtendedErrorCodeBlocked}
+		return &refusal{rcode: dns.RcodeNameError, verdict: Refused, reason: v.Reason, ede: dns.ExtendedErrorCodeBlocked, addable: v.Addable}
 	}
 	x.event.Rule = v.Rule
 	switch {
@@ -206,7 +207,7 @@ func (s *server) refused(x *exchange, r *refusal) {
 		if r.ede != 0 {
 			text := "clawvm: VM " + s.VM + ": " + r.reason
 			if r.verdict == Refused {
-				text = s.policy.Sentence(shownName(x.event.Name), policy.Verdict{Reason: r.reason})
+				text = s.policy.Sentence(shownName(x.event.Name), policy.Verdict{Reason: r.reason, Addable: r.addable})
 			}
 			opt.Option = append(opt.Option, &dns.EDNS0_EDE{InfoCode: r.ede, ExtraText: text})
 		}

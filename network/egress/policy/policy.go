@@ -51,6 +51,7 @@ type Verdict struct {
 	Allowed bool
 	Rule    string // the rule that allows, as String shows it; "" with Open
 	Reason  string // why not; completes the sentence "VM x may not reach y (…)"
+	Addable bool   // it is refused for want of a rule alone
 }
 
 // Policy is a Spec that decides. It may be used by many at once.
@@ -113,7 +114,7 @@ func (p *Policy) Name(name string) Verdict {
 		if rules := p.rulesOf(strings.TrimSuffix(name, ".")); len(rules) > 0 {
 			return Verdict{Allowed: true, Rule: rules[0].String()}
 		}
-		return Verdict{Reason: reasonList}
+		return Verdict{Reason: reasonList, Addable: true}
 	}
 	return Verdict{Reason: reasonUnknown}
 }
@@ -229,9 +230,9 @@ func (p *Policy) Decide(name string, a netip.Addr, port Port) Verdict {
 	case port.Number == portDNSOverTLS:
 		return Verdict{Reason: reasonTLS}
 	case len(near) > 0:
-		return Verdict{Reason: fmt.Sprintf("%s is not among its ports in egress.allow: %s", port, near[0])}
+		return Verdict{Reason: fmt.Sprintf("%s is not among its ports in egress.allow: %s", port, near[0]), Addable: port.Number != 0}
 	}
-	return Verdict{Reason: reasonList}
+	return Verdict{Reason: reasonList, Addable: port.Number != 0}
 }
 
 // rulesTo are all rules for an address, the narrowest first.
@@ -271,5 +272,11 @@ type Destination struct {
 // Sentence is a refusal for whoever asked: the guest's programs, and through them its owner. what is the name or address, with
 // or without a port.
 func (p *Policy) Sentence(what string, v Verdict) string {
-	return fmt.Sprintf("clawvm: VM %s may not reach %s (%s)", p.spec.VM, what, v.Reason)
+	s := fmt.Sprintf("clawvm: VM %s may not reach %s (%s)", p.spec.VM, what, v.Reason)
+	// The guest chose the name, and the owner may copy the command into a shell.
+	host, _, _ := strings.Cut(what, ":")
+	if entry := strings.TrimSuffix(what, ":443"); v.Addable && host != "" && host[0] != '-' && strings.Trim(what, hostCharacters+":") == "" {
+		s += fmt.Sprintf("; the owner can run: clawvm allow %s %s", p.spec.VM, entry)
+	}
+	return s
 }

@@ -148,7 +148,20 @@ func TestPorts(t *testing.T) {
 func TestSentence(t *testing.T) {
 	p := New(listed)
 	v := p.Decide("example.com", netip.Addr{}, Port{config.ProtocolTCP, 443})
-	if got := p.Sentence("example.com:443", v); got != "clawvm: VM claw may not reach example.com:443 (not in egress.allow)" {
+	if got := p.Sentence("example.com:443", v); got != "clawvm: VM claw may not reach example.com:443 (not in egress.allow); the owner can run: clawvm allow claw example.com" {
+		t.Error(got)
+	}
+	v = p.Decide("openrouter.ai", netip.Addr{}, Port{config.ProtocolTCP, 80})
+	if got := p.Sentence("openrouter.ai:80", v); got != "clawvm: VM claw may not reach openrouter.ai:80 (tcp 80 is not among its ports in egress.allow: openrouter.ai); the owner can run: clawvm allow claw openrouter.ai:80" {
+		t.Error(got)
+	}
+	// What would do something else in a shell, or for the command, is not to be copied.
+	for _, name := range []string{"$(reboot).test", "a;b.test", "--for", "a b", "`x`.test", ""} {
+		if got := p.Sentence(name, p.Name(name)); strings.Contains(got, "can run") {
+			t.Error(got)
+		}
+	}
+	if got := p.Sentence("10.0.0.1:443", p.Decide("", netip.MustParseAddr("10.0.0.1"), Port{config.ProtocolTCP, 443})); strings.Contains(got, "can run") {
 		t.Error(got)
 	}
 }

@@ -415,13 +415,5 @@ func (h limitsServer) gone(t *testing.T, vm limitsVM) {
 
 func (h limitsServer) eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(eventuallyLimit)
-	for tick := time.NewTicker(200 * time.Millisecond); ; <-tick.C {
-		if ok() {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("not within %s: %s", eventuallyLimit, what)
-		}
-	}
+	world.Eventually(t, what, eventuallyLimit, ok)
 }

@@ -335,19 +335,27 @@ func (w *World) LastWords(args []string) string {
 	return b.String()
 }
 
+// How often Eventually asks: not so often that what it waits for, such as a guest
+// that boots on the same processor, has less than most of the time.
+const (
+	askAfter  = 50 * time.Millisecond
+	askShare  = 5 // asking may take this part of the time
+	askAtMost = 3 * time.Second
+)
+
 // Eventually waits for something to become true.
 func Eventually(t testing.TB, what string, limit time.Duration, ok func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
-	for tick := time.NewTicker(50 * time.Millisecond); ; {
+	for {
+		began := time.Now()
 		if ok() {
-			tick.Stop()
 			return
 		}
 		if time.Now().After(deadline) {
 			t.Fatalf("not within %s: %s", limit, what)
 		}
-		<-tick.C
+		<-time.After(min(max(askAfter, (askShare-1)*time.Since(began)), askAtMost))
 	}
 }
 

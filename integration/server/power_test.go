@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -55,12 +56,12 @@ var powerLosses = []atPowerLoss{
 	// With overlay, secrets, lease and the files that the kernel is booted from all to be made; volumes are kept.
 	{name: "first up", prepare: "clawvm rm soak; rm -r /var/lib/clawvm/boot", script: "clawvm up soak", span: 14 * time.Second},
 	{name: "running", up: true, span: 5 * time.Second},
-	{name: "down", up: true, script: "clawvm down soak", span: 4 * time.Second},
-	{name: "reload", up: true, script: "clawvm reload soak", span: 3 * time.Second},
-	{name: "exec", up: true, script: "clawvm exec soak -- sh -c 'head -c 3000000 /dev/urandom | md5sum'", span: 4 * time.Second},
-	{name: "cp", up: true, script: "clawvm cp soak:/bin/busybox /root/copy && clawvm cp /root/copy soak:/tmp/copy", span: 6 * time.Second},
-	{name: "import", script: "clawvm image import /root/other other", span: 3 * time.Second},
-	{name: "rm", script: "clawvm rm soak", span: time.Second},
+	{name: "down", up: true, script: "clawvm down soak", span: 1200 * time.Millisecond},
+	{name: "reload", up: true, script: "clawvm reload soak", span: 600 * time.Millisecond},
+	{name: "exec", up: true, script: "clawvm exec soak -- sh -c 'head -c 3000000 /dev/urandom | md5sum'", span: 2 * time.Second},
+	{name: "cp", up: true, script: "clawvm cp soak:/bin/busybox /root/copy && clawvm cp /root/copy soak:/tmp/copy", span: 3 * time.Second},
+	{name: "import", script: "clawvm image import /root/other other", span: 1200 * time.Millisecond},
+	{name: "rm", script: "clawvm rm soak", span: 300 * time.Millisecond},
 }
 
 // TestPowerLoss fails the power of a server again and again, at a random moment of what is done with a VM, on a disk that
@@ -122,9 +123,12 @@ func (p *powered) round(t *testing.T, loss atPowerLoss, name string) (what strin
 		p.declare(t, name)
 	}
 	delay := time.Duration(float64(rnd.Int64N(int64(loss.span))) * p.slow)
-	said, cached, lost := p.fail(t, loss.script, delay)
+	said, over, cached, lost := p.fail(t, loss.script, delay)
 	what = fmt.Sprintf("round %d of seed %d: power lost during %s, %s after its begin, %s; %d of %d pages in the disk's cache are lost",
 		p.rounds.Done+1, p.rounds.Seed, loss.name, delay.Round(time.Millisecond), map[bool]string{true: "enabled", false: "not enabled"}[enabled], lost, cached)
+	if over {
+		what += "; it was done by then"
+	}
 	if said != "" {
 		what += "; clawvm said: " + strings.ReplaceAll(said, "\n", " | ")
 	}
@@ -155,11 +159,12 @@ func (p *powered) round(t *testing.T, loss atPowerLoss, name string) (what strin
 	return what
 }
 
-// fail runs a script, and fails the power after the delay. It returns what the script had said.
-func (p *powered) fail(t *testing.T, script string, delay time.Duration) (said string, cached, lost int) {
+// fail runs a script, and fails the power after the delay. It returns what the script had said, and whether it was over.
+func (p *powered) fail(t *testing.T, script string, delay time.Duration) (said string, over bool, cached, lost int) {
 	t.Helper()
 	var follow, out collector
 	var running sync.WaitGroup
+	var done atomic.Bool
 	for to, script := range map[*collector]string{
 		// What has left the server can't be taken back: that counts as reported.
 		&follow: "exec tail -n +1 -F /var/log/clawvm/soak/guest/workload.log 2>/dev/null",
@@ -171,17 +176,21 @@ func (p *powered) fail(t *testing.T, script string, delay time.Duration) (said s
 		running.Go(func() {
 			// It ends with the power, or before.
 			p.Exec(context.Background(), emuhost.Command{Argv: []string{"bash", "-c", script}, Stdout: to, Stderr: to})
+			if to == &out {
+				done.Store(true)
+			}
 		})
 	}
 	// The moment is drawn, and not what happens then: that is the point.
 	<-time.After(delay)
+	over = done.Load()
 	cached, lost, err := p.PowerOff()
 	if err != nil {
 		t.Fatal(err)
 	}
 	running.Wait()
 	p.synced = max(p.synced, soak.Synced(follow.String()))
-	return strings.TrimSpace(out.String()), cached, lost
+	return strings.TrimSpace(out.String()), over, cached, lost
 }
 
 // collector keeps what is written to it.

@@ -109,8 +109,10 @@ func Supervise(ctx context.Context, l Layout, name string, out io.Writer) error 
 		s.logf("%v", err)
 	}
 	s.logf("ended: %s", end.Kind)
+	// Before it is told: who hears of the end reads how it was.
+	recorded := writeEnd(s.paths.LastEnd(), end)
 	s.journal.add(Progress{State: VMEnded, Text: end.Reason})
-	after := errors.Join(writeEnd(s.paths.LastEnd(), end), control.close(), s.leaveCgroup(), s.tidy())
+	after := errors.Join(recorded, control.close(), s.leaveCgroup(), s.tidy())
 	if after != nil {
 		s.logf("%v", after)
 	}

@@ -207,7 +207,7 @@ func upOnce(ctx context.Context, l host.Layout, name string, wait bool, screen *
 		last = host.Progress{State: host.VMEnded, Text: host.WhyNot(l, name, before, err).Error()}
 	}
 	if ended {
-		return false, failed(ctx, l, name, last.Text, began)
+		return false, failed(l, name, last.Text, began)
 	}
 	screen.say(name, nextSteps(ctx, l, name, time.Since(began)))
 	return false, nil
@@ -218,7 +218,7 @@ const lastLines = 15
 
 // failed explains a start that failed: the error, and the ends of what the guest
 // said since it began.
-func failed(ctx context.Context, l host.Layout, name, why string, began time.Time) error {
+func failed(l host.Layout, name, why string, began time.Time) error {
 	var b strings.Builder
 	if why == "" {
 		why = host.TakenDown(name).Error()
@@ -243,8 +243,8 @@ func failed(ctx context.Context, l host.Layout, name, why string, began time.Tim
 		}
 	}
 	code := host.ExitFailed
-	if e, err := host.Look(ctx, l, name); err == nil && e.End.Failed() {
-		code = e.End.Code
+	if end, err := host.LastEnd(l, name); err == nil && end.Failed() {
+		code = end.Code
 	}
 	return &host.CodedError{Code: code, Err: errors.New(b.String())}
 }

@@ -153,7 +153,9 @@ func TestAllowlist(t *testing.T) {
 	})
 	t.Run("a list that changes", func(t *testing.T) {
 		// A connection that stands, and speaks once more when the name is gone.
-		says(t, "(sleep 6; echo; sleep 1000) | (nc 203.0.113.3 80; echo over > /tmp/over) >/dev/null 2>&1 &")
+		// The server would answer and keep it.
+		request := func(path string) string { return "printf 'GET " + path + " HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n'" }
+		says(t, "("+request("/before")+"; sleep 6; "+request("/after")+"; sleep 1000) | (nc 203.0.113.3 80; echo over > /tmp/over) >/dev/null 2>&1 &")
 		logged(t, "the connection", func(e egress.Event) bool {
 			return e.Kind == egress.KindOpen && e.Destination == "203.0.113.3:80" && e.Verdict == egress.Allowed
 		})
@@ -175,6 +177,10 @@ func TestAllowlist(t *testing.T) {
 			return e.Destination == "203.0.113.3:443" && e.Verdict == egress.Allowed && e.Name == "two.test"
 		})
 		eventually(t, "the connection of a name that is gone ends", time.Minute, func() bool { return says(t, "cat /tmp/over") == "over" })
+		asked := strings.Join(w.asked(), " ")
+		if !strings.Contains(asked, "/before") || strings.Contains(asked, "/after") {
+			t.Errorf("the server was asked %s", asked)
+		}
 	})
 	t.Run("exceptions", func(t *testing.T) {
 		if out := w.must(t, "allow", "listed"); out != "api.one.test:80\ntwo.test\n" {

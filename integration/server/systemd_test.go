@@ -608,6 +608,7 @@ func (u *units) startLimit(t *testing.T) {
 				t.Errorf("the guest serves %q", out)
 			}
 		})
+		u.sh(t, "clawvm reload "+vm) // the next one is to find the port free
 	}
 }
 

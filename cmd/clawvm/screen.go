@@ -107,14 +107,16 @@ func (st *start) tick() {
 		case <-t.C:
 		}
 		st.mu.Lock()
-		phase, took := st.phase, time.Since(st.began)
+		phase, began := st.phase, st.began
 		st.mu.Unlock()
 		if phase == "" {
 			continue
 		}
-		text := fmt.Sprintf("%-8s %s …", phase, human(took))
-		if lines, err := host.Tail(st.log, 1); err == nil && len(lines) > 0 && phase == "ready" {
-			text += " " + cut(lines[0], 80)
+		text := fmt.Sprintf("%-8s %s …", phase, human(time.Since(began)))
+		if phase == "ready" && writtenSince(st.log, began) {
+			if lines, err := host.Tail(st.log, 1); err == nil && len(lines) > 0 {
+				text += " " + cut(lines[0], 80)
+			}
 		}
 		if st.screen.terminal {
 			st.screen.passing(st.name, text)

@@ -228,8 +228,8 @@ func failed(l host.Layout, name, why string, began time.Time) error {
 	for _, log := range []struct{ what, path string }{
 		{"the console", p.ConsoleLog()}, {"the workload", p.WorkloadLog()}, {"the VMM", p.VMMLog()},
 	} {
-		if st, err := os.Lstat(log.path); err != nil || st.ModTime().Before(began) || st.ModTime().After(time.Now().Add(time.Minute)) {
-			continue // nothing was said, or by an earlier start, be it of before the clock was set back
+		if !writtenSince(log.path, began) {
+			continue
 		}
 		lines, err := host.Tail(log.path, lastLines)
 		if err != nil {
@@ -269,4 +269,11 @@ func nextSteps(ctx context.Context, l host.Layout, name string, took time.Durati
 	fmt.Fprintf(&b, "  enter      %s shell %s · %s exec %s -- id\n", me, name, me, name)
 	fmt.Fprintf(&b, "  end        %s down %s", me, name)
 	return b.String()
+}
+
+// writtenSince says whether a log was written to since began, and not only by an
+// earlier start, be it of before the clock was set back.
+func writtenSince(log string, began time.Time) bool {
+	st, err := os.Lstat(log)
+	return err == nil && !st.ModTime().Before(began) && !st.ModTime().After(time.Now().Add(time.Minute))
 }

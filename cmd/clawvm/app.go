@@ -229,6 +229,17 @@ func oneVM(c *cli.Context) (host.Layout, string, error) {
 	return l, name, err
 }
 
+// someVMs is the privileged layout and the VMs that the command line names, at least
+// one.
+func someVMs(c *cli.Context) (host.Layout, []string, error) {
+	l, err := privileged(c)
+	if err != nil {
+		return host.Layout{}, nil, err
+	}
+	names, err := someNames(c)
+	return l, names, err
+}
+
 // oneName returns the one VM that the command line names.
 func oneName(c *cli.Context) (string, error) {
 	if c.NArg() != 1 {

@@ -55,11 +55,7 @@ func downCommand() *cli.Command {
 		Name: "down", Usage: "take VMs down", ArgsUsage: "NAME...",
 		Flags: []cli.Flag{timeoutFlag()},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			names, err := someNames(c)
+			l, names, err := someVMs(c)
 			if err != nil {
 				return err
 			}

@@ -43,11 +43,7 @@ func disableCommand() *cli.Command {
 		Description: "A VM that is up stays up.",
 		Flags:       []cli.Flag{&cli.BoolFlag{Name: "now", Usage: "take them down too"}},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			names, err := someNames(c)
+			l, names, err := someVMs(c)
 			if err != nil {
 				return err
 			}

@@ -33,11 +33,7 @@ func resumeCommand() *cli.Command {
 // eachVM asks for something of each VM that the command line names, one after the
 // other, and says which it changed.
 func eachVM(c *cli.Context, done, already string, do func(*host.Client, context.Context) (bool, error)) error {
-	l, err := privileged(c)
-	if err != nil {
-		return err
-	}
-	names, err := someNames(c)
+	l, names, err := someVMs(c)
 	if err != nil {
 		return err
 	}

@@ -16,11 +16,7 @@ func reloadCommand() *cli.Command {
 			"next start on. A declaration with a mistake changes nothing.",
 		Flags: []cli.Flag{jsonFlag()},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			names, err := someNames(c)
+			l, names, err := someVMs(c)
 			if err != nil {
 				return err
 			}

@@ -10,11 +10,7 @@ func restartCommand() *cli.Command {
 		Description: "A declaration that can't come up again is said before anything is taken down.",
 		Flags:       []cli.Flag{timeoutFlag()},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			names, err := someNames(c)
+			l, names, err := someVMs(c)
 			if err != nil {
 				return err
 			}

@@ -16,11 +16,7 @@ func rmCommand() *cli.Command {
 			&cli.BoolFlag{Name: "force", Aliases: []string{"f"}, Usage: "take a VM that is up down first"},
 		},
 		Action: func(c *cli.Context) error {
-			l, err := privileged(c)
-			if err != nil {
-				return err
-			}
-			names, err := someNames(c)
+			l, names, err := someVMs(c)
 			if err != nil {
 				return err
 			}

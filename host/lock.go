@@ -20,7 +20,15 @@ var errLocked = errors.New("another process holds it")
 // for without being taken, and ends with the process however that ends.
 func takeLock(file string) (*os.File, error) {
 	for {
-		if err := os.MkdirAll(filepath.Dir(file), 0o711); err != nil {
+		dir := filepath.Dir(file)
+		if err := os.MkdirAll(dir, 0o711); errors.Is(err, fs.ErrExist) {
+			// It was there when it was to be made and gone when it was looked at, or
+			// the other way round. What is no directory is looked at, and is an error.
+			if st, lerr := os.Lstat(dir); errors.Is(lerr, fs.ErrNotExist) || lerr == nil && st.IsDir() {
+				continue
+			}
+			return nil, fmt.Errorf("cannot lock %s: %w", file, err)
+		} else if err != nil {
 			return nil, fmt.Errorf("cannot lock %s: %w", file, err)
 		}
 		f, err := os.OpenFile(file, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)

@@ -3,7 +3,6 @@ package host
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -41,12 +40,13 @@ func awaitEnds(uids ...int) error {
 // endingOf lists the processes of these uids that end. A zombie has ended: it
 // holds nothing.
 func endingOf(uids []int) ([]int, error) {
-	dirs, err := filepath.Glob("/proc/[0-9]*")
+	all, err := processes()
 	if err != nil {
 		return nil, err
 	}
 	var pids []int
-	for _, d := range dirs {
+	for _, pid := range all {
+		d := fmt.Sprintf("/proc/%d", pid)
 		info, err := os.Stat(d)
 		if err != nil {
 			continue // gone
@@ -58,7 +58,7 @@ func endingOf(uids []int) ([]int, error) {
 		if exhausted(err) {
 			return nil, fmt.Errorf("cannot look for processes: %w", err)
 		}
-		if pid, nerr := strconv.Atoi(filepath.Base(d)); err == nil && nerr == nil && endingStat(string(raw)) && !zombieStat(string(raw)) {
+		if err == nil && endingStat(string(raw)) && !zombieStat(string(raw)) {
 			pids = append(pids, pid)
 		}
 	}

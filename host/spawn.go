@@ -145,15 +145,30 @@ const (
 	killPoll = 10 * time.Millisecond // between looks for what is left
 )
 
-func markedProcesses(mark string) ([]int, error) {
+// processes lists all processes of this pid namespace.
+func processes() ([]int, error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return nil, err
 	}
 	var pids []int
 	for _, d := range dirs {
-		pid, err := strconv.Atoi(filepath.Base(d))
-		if err != nil || pid == os.Getpid() {
+		if pid, err := strconv.Atoi(filepath.Base(d)); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids, nil
+}
+
+// markedProcesses lists the processes that carry the mark, but for this one.
+func markedProcesses(mark string) ([]int, error) {
+	all, err := processes()
+	if err != nil {
+		return nil, err
+	}
+	var pids []int
+	for _, pid := range all {
+		if pid == os.Getpid() {
 			continue
 		}
 		has, err := markOf(pid)
@@ -169,16 +184,12 @@ func markedProcesses(mark string) ([]int, error) {
 
 // marked lists the VMs of this root that have processes.
 func (l Layout) marked() ([]string, error) {
-	dirs, err := filepath.Glob("/proc/[0-9]*")
+	all, err := processes()
 	if err != nil {
 		return nil, err
 	}
 	var names []string
-	for _, d := range dirs {
-		pid, err := strconv.Atoi(filepath.Base(d))
-		if err != nil {
-			continue
-		}
+	for _, pid := range all {
 		mark, err := markOf(pid)
 		if err != nil {
 			return nil, err

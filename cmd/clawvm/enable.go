@@ -64,11 +64,7 @@ func disableCommand() *cli.Command {
 
 // declaredVMs are the VMs that the command line names, all of them declared.
 func declaredVMs(c *cli.Context) (host.Layout, []string, error) {
-	l, err := privileged(c)
-	if err != nil {
-		return l, nil, err
-	}
-	names, err := someNames(c)
+	l, names, err := someVMs(c)
 	for i := 0; err == nil && i < len(names); i++ {
 		_, err = l.Declaration(names[i])
 	}

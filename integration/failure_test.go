@@ -18,7 +18,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	shared "github.com/clawvm/clawvm/integration/world"
@@ -404,10 +403,10 @@ var failures = []failure{
 	{name: "virtiofsd-ends-at-once", env: []string{"CLAWVM_VIRTIOFSD=DIR/virtiofsd-dead"}, code: 1, says: "the server of a share ended, and the guest cannot go on without: virtiofsd of the share"},
 	{name: "virtiofsd-ends-later", mode: "silent", env: []string{"CLAWVM_VIRTIOFSD=DIR/virtiofsd-later"}, code: 1, says: "the server of a share ended, and the guest cannot go on without: virtiofsd of the share"},
 	{name: "tap-of-nobody", vm: hollowVM + "tap: failtap0\n", code: 1, before: func(t *testing.T, w *hollowWorld) {
-		addTAP(t, "failtap0", "")
+		keepLink(t, tap("failtap0"), "")
 	}},
 	{name: "tap-of-another-root", vm: hollowVM + "tap: failtap0\n", code: 1, before: func(t *testing.T, w *hollowWorld) {
-		addTAP(t, "failtap0", "clawvm:0a1b2c3d:vm")
+		keepLink(t, tap("failtap0"), "clawvm:0a1b2c3d:vm")
 	}},
 	{name: "port-taken-between-check-and-use", code: 1,
 		env:    []string{"CLAWVM_FAILPOINT=run before sockets", "CLAWVM_FAILPOINT_COMMAND=touch DIR/now; until [ -e DIR/go ]; do sleep 0.02; done"},
@@ -591,27 +590,6 @@ func damage(t *testing.T, disk string) {
 			t.Error(err)
 		}
 	})
-}
-
-// addTAP makes a TAP for the length of the test.
-func addTAP(t *testing.T, name, alias string) {
-	t.Helper()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = name
-	link := &netlink.Tuntap{LinkAttrs: attrs, Mode: netlink.TUNTAP_MODE_TAP}
-	if err := netlink.LinkAdd(link); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := netlink.LinkDel(link); err != nil {
-			t.Error(err)
-		}
-	})
-	if alias != "" {
-		if err := netlink.LinkSetAlias(link, alias); err != nil {
-			t.Fatal(err)
-		}
-	}
 }
 
 // virtiofsd is the machine's own.

@@ -25,12 +25,12 @@ func TestGarbage(t *testing.T) {
 	before := w.everything(t)
 
 	// Not this root's: the same names with another mark, or none.
-	addTAP(t, "garbagetap1", "clawvm:0a1b2c3d:dead")
-	addTAP(t, "garbagetap2", "")
+	keepLink(t, tap("garbagetap1"), "clawvm:0a1b2c3d:dead")
+	keepLink(t, tap("garbagetap2"), "")
 	other := marked(t, "clawvm:0a1b2c3d:dead")
 
 	// Left-overs.
-	addTAPToLose(t, "garbagetap0", "clawvm:"+id+":dead")
+	addLink(t, tap("garbagetap0"), "clawvm:"+id+":dead")
 	lost := marked(t, "clawvm:"+id+":killed")
 	mkdir(t, in("run/clawvm/dead/secrets"), 0o755)
 	if err := unix.Mount("clawvm", in("run/clawvm/dead/secrets"), "tmpfs", 0, "size=64k"); err != nil {
@@ -140,14 +140,4 @@ func alive(cmd *exec.Cmd) bool {
 		}
 	}
 	return true
-}
-
-// addTAPToLose makes a TAP that the test's subject is to remove.
-func addTAPToLose(t *testing.T, name, alias string) {
-	t.Helper()
-	for _, args := range [][]string{{"tuntap", "add", "mode", "tap", "name", name}, {"link", "set", name, "alias", alias}} {
-		if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
-			t.Fatalf("ip %v: %v\n%s", args, err, out)
-		}
-	}
 }

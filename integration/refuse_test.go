@@ -18,8 +18,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
-
 	shared "github.com/clawvm/clawvm/integration/world"
 )
 
@@ -150,11 +148,11 @@ var refusals = []refusal{
 	{name: "no-kernel", vm: "image: small\n", mounts: noKernels},
 	{name: "no-root", vm: "image: small\n", uid: 65534},
 	{name: "bridge-of-another-root", vm: "image: small\n", before: func(t *testing.T, r *refuser) {
-		addBridge(t, "refusebr", "clawvm:0a1b2c3d:")
+		keepLink(t, bridge("refusebr"), "clawvm:0a1b2c3d:")
 	}},
-	{name: "bridge-of-nobody", vm: "image: small\n", before: func(t *testing.T, r *refuser) { addBridge(t, "refusebr", "") }},
+	{name: "bridge-of-nobody", vm: "image: small\n", before: func(t *testing.T, r *refuser) { keepLink(t, bridge("refusebr"), "") }},
 	{name: "subnet-in-use", vm: "image: small\n", before: func(t *testing.T, r *refuser) {
-		addBridge(t, "vpn0", "")
+		keepLink(t, bridge("vpn0"), "")
 		if err := addAddress("vpn0", netip.MustParsePrefix("192.168.84.129/25")); err != nil {
 			t.Fatal(err)
 		}
@@ -472,26 +470,5 @@ func remove(t *testing.T, path string) {
 	t.Helper()
 	if err := os.RemoveAll(path); err != nil {
 		t.Error(err)
-	}
-}
-
-// addBridge makes a bridge for the length of the test.
-func addBridge(t *testing.T, name, alias string) {
-	t.Helper()
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name = name
-	link := &netlink.Bridge{LinkAttrs: attrs}
-	if err := netlink.LinkAdd(link); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := netlink.LinkDel(link); err != nil {
-			t.Error(err)
-		}
-	})
-	if alias != "" {
-		if err := netlink.LinkSetAlias(link, alias); err != nil {
-			t.Fatal(err)
-		}
 	}
 }

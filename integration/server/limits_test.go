@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -322,28 +321,11 @@ func (vm limitsVM) file(name string) string {
 // VMM to try: cloud-hypervisor where there is one.
 func (h limitsServer) install(t *testing.T) string {
 	t.Helper()
-	dest := t.TempDir()
-	if out, err := exec.CommandContext(h.ctx, "make", "-s", "-C", "../..", "install", "DESTDIR="+dest).CombinedOutput(); err != nil {
-		t.Fatalf("make install: %v\n%s", err, out)
-	}
-	if err := os.Remove(filepath.Join(dest, "etc/clawvm/vms/openclaw.yaml")); err != nil {
-		t.Fatal(err)
-	}
-	files := map[string]string{"/": dest, "/root/image": world.SmallImage(t)}
-	first := vmm.QEMU
-	if program := cloudHypervisor(); program != "" {
-		files["/usr/local/bin/cloud-hypervisor"], first = program, vmm.CloudHypervisor
-	}
-	for to, from := range files {
-		if err := h.CopyIn(h.ctx, from, to); err != nil {
-			t.Fatal(err)
-		}
-	}
-	h.sh(t, `modprobe -a tun kvm-amd
-udevadm wait --timeout=60 /dev/kvm /dev/net/tun
-systemctl daemon-reload
+	copyIn(h.ctx, t, h.Host, map[string]string{"/": made(h.ctx, t), "/root/image": world.SmallImage(t)})
+	loadDevices(t, h.Host)
+	h.sh(t, `systemctl daemon-reload
 clawvm image import /root/image small`)
-	return first
+	return chosenVMM()
 }
 
 func (h limitsServer) declare(t *testing.T, name, text string) {

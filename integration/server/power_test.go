@@ -5,8 +5,6 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -18,7 +16,6 @@ import (
 	"github.com/clawvm/clawvm/integration/emuhost"
 	"github.com/clawvm/clawvm/integration/soak"
 	"github.com/clawvm/clawvm/integration/world"
-	"github.com/clawvm/clawvm/vmm"
 )
 
 const (
@@ -75,13 +72,10 @@ func TestPowerLoss(t *testing.T) {
 	}
 	p := &powered{rounds: rounds, port: 18090}
 	p.options = emuhost.Options{Disk: filepath.Join(t.TempDir(), "server.raw"), Loss: rand.New(rand.NewPCG(rounds.Seed, uint64(rounds.Done)))}
-	program, name := cloudHypervisor(), vmm.CloudHypervisor
-	if program == "" {
-		name = vmm.QEMU
-	}
+	name := chosenVMM()
 	t.Logf("under %s", name)
 	p.boot(t)
-	p.install(t, program)
+	p.install(t)
 	p.declare(t, name)
 	began := time.Now()
 	p.sh(t, "clawvm up soak")
@@ -214,8 +208,7 @@ func (c *collector) String() string {
 func (p *powered) boot(t *testing.T) {
 	t.Helper()
 	p.Host = emuhost.Start(t, p.options)
-	p.Must(t, "modprobe", "-a", "tun", "kvm-amd")
-	p.Must(t, "udevadm", "wait", "--timeout=60", "/dev/kvm", "/dev/net/tun")
+	loadDevices(t, p.Host)
 }
 
 // sh runs a script on the server and returns what it prints on standard output.
@@ -241,27 +234,14 @@ func (p *powered) lastWords(t *testing.T) string {
 }
 
 // install puts clawvm on the server as `make install` does, with its units.
-func (p *powered) install(t *testing.T, program string) {
+func (p *powered) install(t *testing.T) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), powerLimit)
 	defer cancel()
-	dest := t.TempDir()
-	if out, err := exec.CommandContext(ctx, "make", "-s", "-C", "../..", "install", "DESTDIR="+dest).CombinedOutput(); err != nil {
-		t.Fatalf("make install: %v\n%s", err, out)
-	}
-	if err := os.RemoveAll(filepath.Join(dest, "etc/clawvm/vms")); err != nil {
-		t.Fatal(err)
-	}
-	files := [][2]string{{dest, "/"}, {world.SmallImage(t, soak.Image), "/root/small"}, {world.SmallImage(t), "/root/other"}}
-	if program != "" {
-		files = append(files, [2]string{program, "/usr/local/bin/cloud-hypervisor"})
-	}
-	for _, f := range files {
-		if err := p.CopyIn(ctx, f[0], f[1]); err != nil {
-			t.Fatal(err)
-		}
-	}
-	p.sh(t, "mkdir -p /etc/clawvm/vms; systemctl daemon-reload; clawvm image import /root/small small; sync")
+	copyIn(ctx, t, p.Host, map[string]string{
+		"/": made(ctx, t), "/root/small": world.SmallImage(t, soak.Image), "/root/other": world.SmallImage(t),
+	})
+	p.sh(t, "systemctl daemon-reload; clawvm image import /root/small small; sync")
 }
 
 // declare writes the declaration as an editor does that takes care.

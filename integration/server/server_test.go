@@ -16,12 +16,8 @@ import (
 	"github.com/clawvm/clawvm/vmm"
 )
 
-const (
-	// tableLimit bounds one column of the table in the emulated server.
-	tableLimit = 30 * time.Minute
-	// inside is where the programs lie in the emulated server.
-	inside = "/opt/clawvm-test"
-)
+// tableLimit bounds one column of the table in the emulated server.
+const tableLimit = 30 * time.Minute
 
 // TestTables runs the tables of package integration on the server: under QEMU
 // with KVM, and under cloud-hypervisor where this machine has one to carry along.
@@ -30,24 +26,8 @@ func TestTables(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), tableLimit)
 	defer cancel()
 	dir := t.TempDir()
-	run(t, "build", "-trimpath", "-o", dir+"/bin/", "../../cmd/...")
-	run(t, "test", "-c", "-o", dir+"/integration.test", "..")
-	files := map[string]string{
-		inside + "/bin":              dir + "/bin",
-		inside + "/integration.test": dir + "/integration.test",
-		"/usr/local/bin/busybox":     busybox(t),
-	}
+	carryTests(ctx, t, h, dir, "..", "integration.test")
 	program := cloudHypervisor()
-	if program != "" {
-		files["/usr/local/bin/cloud-hypervisor"] = program
-	}
-	for to, from := range files {
-		if err := h.CopyIn(ctx, from, to); err != nil {
-			t.Fatal(err)
-		}
-	}
-	h.Must(t, "modprobe", "-a", "tun", "kvm-amd")
-	h.Must(t, "udevadm", "wait", "--timeout=60", "/dev/kvm", "/dev/net/tun")
 	t.Run("doctor", func(t *testing.T) { doctor(t, h, dir, program != "") })
 	for _, name := range []string{vmm.QEMU, vmm.CloudHypervisor} {
 		t.Run(name, func(t *testing.T) {
@@ -126,6 +106,14 @@ func cloudHypervisor() string {
 		return ""
 	}
 	return path
+}
+
+// chosenVMM is cloud-hypervisor where there is one, else QEMU.
+func chosenVMM() string {
+	if cloudHypervisor() == "" {
+		return vmm.QEMU
+	}
+	return vmm.CloudHypervisor
 }
 
 // tarOf streams a directory of the machine as an archive; done says how that went.

@@ -28,28 +28,10 @@ func TestKilledAtRandom(t *testing.T) {
 	limit := time.Duration(rounds) * soakLimit
 	ctx, cancel := context.WithTimeout(t.Context(), 2*limit)
 	defer cancel()
-	dir := t.TempDir()
-	run(t, "build", "-trimpath", "-o", dir+"/bin/", "../../cmd/...")
-	run(t, "test", "-c", "-o", dir+"/soak.test", "../soak")
-	files := map[string]string{
-		inside + "/bin":          dir + "/bin",
-		inside + "/soak.test":    dir + "/soak.test",
-		"/usr/local/bin/busybox": busybox(t),
-	}
-	program := cloudHypervisor()
-	if program != "" {
-		files["/usr/local/bin/cloud-hypervisor"] = program
-	}
-	for to, from := range files {
-		if err := h.CopyIn(ctx, from, to); err != nil {
-			t.Fatal(err)
-		}
-	}
-	h.Must(t, "modprobe", "-a", "tun", "kvm-amd")
-	h.Must(t, "udevadm", "wait", "--timeout=60", "/dev/kvm", "/dev/net/tun")
+	carryTests(ctx, t, h, t.TempDir(), "../soak", "soak.test")
 	for _, name := range []string{vmm.CloudHypervisor, vmm.QEMU} {
 		t.Run(name, func(t *testing.T) {
-			if name == vmm.CloudHypervisor && program == "" {
+			if name == vmm.CloudHypervisor && cloudHypervisor() == "" {
 				t.Skipf("no cloud-hypervisor to carry along: neither %s nor the PATH has one", vmm.CloudHypervisorEnv)
 			}
 			var out bytes.Buffer

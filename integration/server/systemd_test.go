@@ -225,12 +225,7 @@ func (u *units) isReady(t *testing.T, vm, when string) {
 func (u *units) install(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), unitLimit)
 	defer cancel()
-	dest := t.TempDir()
-	cmd := exec.CommandContext(ctx, "make", "-s", "-C", "../..", "install", "DESTDIR="+dest)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("make install: %v\n%s", err, out)
-	}
-	image := world.SmallImage(t)
+	dest := made(ctx, t)
 	write := func(path, text string) {
 		t.Helper()
 		file := filepath.Join(dest, path)
@@ -248,18 +243,7 @@ func (u *units) install(t *testing.T) {
 		write("etc/systemd/system/stage-"+vm+".service", fmt.Sprintf(stager, vm))
 		write("etc/systemd/system/"+host.Unit(vm)+".d/test.conf", fmt.Sprintf(dropIn, unitWatchdog))
 	}
-	if err := os.Remove(filepath.Join(dest, "etc/clawvm/vms/openclaw.yaml")); err != nil {
-		t.Fatal(err)
-	}
-	files := map[string]string{dest: "/", image: "/root/small"}
-	if program := cloudHypervisor(); program != "" {
-		files[program] = "/usr/local/bin/cloud-hypervisor"
-	}
-	for from, to := range files {
-		if err := u.CopyIn(ctx, from, to); err != nil {
-			t.Fatal(err)
-		}
-	}
+	copyIn(ctx, t, u.Host, map[string]string{"/": dest, "/root/small": world.SmallImage(t)})
 	uninstalled(t, dest)
 	// Nobody but the unit loads KVM: udev knows no module for an emulated processor.
 	u.sh(t, "systemctl daemon-reload; systemctl enable systemd-networkd; clawvm image import /root/small small")
